@@ -1,0 +1,1 @@
+"""The pipeline: one module per DVC stage, with the stage's name."""

@@ -1,0 +1,1 @@
+"""TVE, the Transferable Vision Explainer: any classifier, any task, one forward pass."""

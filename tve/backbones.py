@@ -1,0 +1,296 @@
+"""Frozen backbones: any timm model as an encoder G from a picture to its pooled, pre-logits embedding.
+
+A backbone carries its own preprocessing (mean, std, interpolation, crop), which is used everywhere, and the digest
+of its weights, by which everything made from it is tied to it.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.data import create_transform, resolve_data_config
+from torch import Tensor, nn
+
+HIERARCHICAL_PATCH_SIZE = 16
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "backbone.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Preprocessing:
+    """How a picture becomes a tensor; what the backbone was trained with."""
+
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+
+
+@dataclass(frozen=True, slots=True)
+class BackboneConfig:
+    """What it takes to build a backbone again, apart from its weights."""
+
+    name: str
+    architecture: str
+    patches_per_side: int
+    preprocessing: Preprocessing
+    timm_args: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """What a frozen backbone computes on the way to its embedding, and the embedding itself."""
+
+    levels: tuple[Tensor, ...]  # each [B, W_level, P, P]
+    embedding_BD: Tensor
+
+
+class Backbone(nn.Module):
+    """A frozen timm model. `backbone(images)` maps normalised images [B, 3, S, S] to embeddings [B, D]."""
+
+    def __init__(self, config: BackboneConfig, model: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.model = model.eval().requires_grad_(False)
+        self.weights_sha256 = state_digest(model.state_dict())
+        preprocessing = asdict(config.preprocessing)
+        size = preprocessing.pop("image_size")
+        self.transform = create_transform(input_size=(3, size, size), **preprocessing, is_training=False)
+
+    @property
+    def image_size(self) -> int:
+        return self.config.preprocessing.image_size
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.config.patches_per_side
+
+    @property
+    def embed_dim(self) -> int:
+        return int(self.model.num_features if not hasattr(self.model, "head_hidden_size") else self.model.head_hidden_size)  # type: ignore[arg-type]
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """A frozen backbone never leaves evaluation mode."""
+        return super().train(False)
+
+    def forward(self, images_B3SS: Tensor) -> Tensor:
+        """Embeddings [B, D].
+
+        Raises:
+            ValueError: images of another shape than [B, 3, S, S].
+        """
+        self.require_images(images_B3SS)
+        return self.pool(self.model.forward_features(images_B3SS))  # type: ignore[operator]
+
+    def pool(self, features: Tensor) -> Tensor:
+        """The embedding from the model's last features, as its own classifier would read it."""
+        embedding: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
+        return embedding
+
+    def features(self, images_B3SS: Tensor, num_levels: int) -> Features:
+        """The embedding together with `num_levels` intermediate maps on the patch grid, from one forward pass.
+
+        Plain transformers: `num_levels` blocks, evenly spaced, the last one included. Hierarchical models: the stages
+        whose grid is P x P, and the last stage, upsampled to it.
+        """
+        self.require_images(images_B3SS)
+        indices = self.level_indices(num_levels)
+        final, maps = self.model.forward_intermediates(  # type: ignore[operator]
+            images_B3SS, indices=indices, output_fmt="NCHW"
+        )
+        size = (self.patches_per_side, self.patches_per_side)
+        levels = tuple(
+            level if level.shape[-2:] == size else nn.functional.interpolate(level, size, mode="bilinear")
+            for level in maps
+        )
+        return Features(levels, self.pool(final))
+
+    def level_indices(self, num_levels: int) -> list[int]:
+        """Which of the model's blocks or stages `features` returns, in order."""
+        reductions = [int(info["reduction"]) for info in self.model.feature_info]  # type: ignore[union-attr]
+        last = len(reductions) - 1
+        if len(set(reductions)) == 1:
+            if not 1 <= num_levels <= last + 1:
+                raise ValueError(f"num_levels: expected 1 to {last + 1} for {self.config.name}, got {num_levels}")
+            return sorted({round((step + 1) * (last + 1) / num_levels) - 1 for step in range(num_levels)})
+        on_grid = [i for i, r in enumerate(reductions) if self.image_size == r * self.patches_per_side]
+        if not on_grid:
+            grids = [self.image_size // reduction for reduction in reductions]
+            raise ValueError(
+                f"{self.config.name}: expected a stage with a {self.patches_per_side} x {self.patches_per_side} grid, "
+                f"got stages of {grids} per side; choose patches_per_side among them"
+            )
+        return sorted({*on_grid, last})
+
+    def classifier(self) -> nn.Linear | None:
+        """The head H_g that the backbone was trained with, or None where it has no single linear one."""
+        head = self.model.get_classifier()  # type: ignore[operator]
+        return head if isinstance(head, nn.Linear) else None
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One normalised picture [3, S, S], float32."""
+        tensor: Tensor = self.transform(image.convert("RGB"))
+        return tensor
+
+    def require_images(self, images: Tensor) -> None:
+        expected = (3, self.image_size, self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            size = self.image_size
+            raise ValueError(
+                f"images: expected [B, 3, {size}, {size}] for {self.config.name}, got {list(images.shape)}; "
+                "use backbone.preprocess on a PIL image"
+            )
+
+
+def load_backbone(
+    architecture: str,
+    weights: str | Path = "timm",
+    *,
+    name: str | None = None,
+    sha256: str | None = None,
+    timm_args: Mapping[str, Any] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    patches_per_side: int | None = None,
+) -> Backbone:
+    """Any timm model as a frozen backbone.
+
+    Args:
+        architecture: a timm model name, with or without a pretrained tag.
+        weights: "timm" for timm's pretrained weights, "random" for an untrained model, or a .safetensors/.pth file.
+        name: what the backbone is called in results; the architecture by default.
+        sha256: expected digest of the weights file; with "timm", of the weights themselves (`weights_sha256`).
+        timm_args: further arguments of `timm.create_model`, such as img_size or depth.
+        preprocessing: what differs from timm's own configuration (mean, std, interpolation, crop_pct).
+        patches_per_side: the grid of explanations; by default the model's own patches, 16 pixels for hierarchical
+            models.
+
+    Raises:
+        ValueError: unknown architecture, weights that do not fit, another digest, a grid that does not divide.
+        FileNotFoundError: no such weights file.
+    """
+    arguments = dict(timm_args or {})
+    model = _create(architecture, pretrained=str(weights) == "timm", arguments=arguments)
+    if str(weights) not in ("timm", "random"):
+        _load_weights(model, Path(weights), sha256, architecture)
+    settings = _preprocessing(model, arguments, dict(preprocessing or {}))
+    grid = patches_per_side if patches_per_side is not None else _default_grid(model, settings.image_size)
+    if grid < 1 or settings.image_size % grid:
+        raise ValueError(f"patches_per_side: expected a divisor of {settings.image_size} pixels, got {grid}")
+    backbone = Backbone(BackboneConfig(name or architecture, architecture, grid, settings, arguments), model)
+    if str(weights) == "timm" and sha256 is not None and sha256 != backbone.weights_sha256:
+        raise ValueError(f"{architecture}: expected weights {sha256}, timm gave {backbone.weights_sha256}")
+    return backbone
+
+
+def save_backbone(backbone: Backbone, folder: Path) -> None:
+    """Writes model.safetensors and backbone.json; the same weights give the same bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.contiguous().cpu() for key, tensor in backbone.model.state_dict().items()}
+    save_file(state, folder / WEIGHTS_FILE)
+    document = asdict(backbone.config) | {"weights_sha256": backbone.weights_sha256}
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def open_backbone(folder: Path) -> Backbone:
+    """The backbone that `save_backbone` wrote.
+
+    Raises:
+        ValueError: the weights are not those that the configuration names.
+    """
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    expected = document.pop("weights_sha256")
+    document["preprocessing"] = _preprocessing_from(document["preprocessing"])
+    config = BackboneConfig(**document)
+    model = _create(config.architecture, pretrained=False, arguments=config.timm_args)
+    model.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
+    backbone = Backbone(config, model)
+    if backbone.weights_sha256 != expected:
+        raise ValueError(f"{folder / WEIGHTS_FILE}: expected weights {expected}, got {backbone.weights_sha256}")
+    return backbone
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of file format and order."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        tensor = state[key].detach().cpu().contiguous()
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
+    base = architecture.split(".")[0]
+    if not timm.is_model(base):
+        close = timm.list_models(f"*{base.split('_')[0]}*")[:8]
+        hint = f"; similar names: {', '.join(close)}" if close else "; timm.list_models() lists them"
+        raise ValueError(f"backbone: expected a timm model name, got {architecture!r}{hint}")
+    try:
+        model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
+    except TypeError as error:
+        raise ValueError(f"timm_args of {architecture}: {error}") from error
+    return model
+
+
+def _load_weights(model: nn.Module, path: Path, sha256: str | None, architecture: str) -> None:
+    if not path.is_file():
+        raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}")
+    if sha256 is not None and (actual := file_sha256(path)) != sha256:
+        raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned")
+    if path.suffix == ".safetensors":
+        state = load_file(path)
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state.get("model", state))
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    resample = getattr(model, "pos_embed", None)
+    if resample is not None and "pos_embed" in state and state["pos_embed"].shape != resample.shape:
+        # Another picture size than the weights were trained at: timm's own loading filter interpolates positions.
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model)
+    try:
+        model.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit {architecture}: {error}") from error
+
+
+def _preprocessing(model: nn.Module, arguments: Mapping[str, Any], changes: dict[str, Any]) -> Preprocessing:
+    own = {k: v for k, v in (model.pretrained_cfg or {}).items()}  # type: ignore[union-attr,operator,misc]
+    known = {"mean", "std", "interpolation", "crop_pct"}
+    if unknown := set(changes) - known:
+        raise ValueError(f"preprocessing: unknown {sorted(unknown)}; known: {sorted(known)}")
+    resolved = resolve_data_config({}, pretrained_cfg=own | changes)
+    size = int(arguments.get("img_size", resolved["input_size"][-1]))
+    return _preprocessing_from(resolved | {"image_size": size})
+
+
+def _preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
+    mean, std = (tuple(float(value) for value in values[key]) for key in ("mean", "std"))
+    return Preprocessing(
+        image_size=int(values["image_size"]),
+        mean=mean,  # type: ignore[arg-type]
+        std=std,  # type: ignore[arg-type]
+        interpolation=str(values["interpolation"]),
+        crop_pct=float(values["crop_pct"]),
+    )
+
+
+def _default_grid(model: nn.Module, image_size: int) -> int:
+    reductions = {int(info["reduction"]) for info in model.feature_info}  # type: ignore[union-attr]
+    patch_size = reductions.pop() if len(reductions) == 1 else HIERARCHICAL_PATCH_SIZE
+    return image_size // patch_size
