@@ -8,15 +8,16 @@ coalition keeps, and runs coalitions of equal length together as dense batches.
 """
 
 import copy
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
+from timm.layers.patch_embed import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tve.backbones import Backbone
 from tve.coalitions import require_coalitions
-from tve.removal import Removal, zero_pixels
+from tve.removal import Removal, parse_removal, zero_pixels
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -37,14 +38,16 @@ class CoalitionEvaluator:
         precision: the arithmetic of the passes; embeddings come back in float32 either way.
 
     Raises:
-        ValueError: the backbone cannot serve `drop`.
+        ValueError: a setting that does not exist, or a backbone that cannot serve `drop`.
     """
 
     def __init__(
         self, backbone: Backbone, removal: Removal, *, memory_mib: int = 512, precision: Precision = "float32"
     ) -> None:
-        if removal == "drop":
+        if parse_removal(removal) == "drop":
             require_droppable(backbone)
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision: expected one of {list(get_args(Precision))}, got {precision!r}")
         if memory_mib < 1:
             raise ValueError(f"memory_mib: expected at least 1, got {memory_mib}")
         self.backbone = backbone
@@ -70,7 +73,7 @@ class CoalitionEvaluator:
         num_coalitions = present_BKPP.shape[1]
         image_index_M = torch.arange(batch_size, device=images_B3SS.device).repeat_interleave(num_coalitions)
         embeddings_MD = self.ragged(images_B3SS, image_index_M, present_BKPP.reshape(-1, patches, patches))
-        return embeddings_MD.reshape(batch_size, num_coalitions, -1)
+        return embeddings_MD.reshape(batch_size, num_coalitions, self.backbone.embed_dim)
 
     @torch.inference_mode()
     def ragged(self, images_B3SS: Tensor, image_index_M: Tensor, present_MPP: Tensor) -> Tensor:
@@ -85,7 +88,12 @@ class CoalitionEvaluator:
 
     @torch.inference_mode()
     def full(self, images_B3SS: Tensor) -> Tensor:
-        """Embeddings [B, D], float32, of the whole pictures, in this evaluator's precision."""
+        """Embeddings [B, D], float32, of the whole pictures, in this evaluator's precision.
+
+        Raises:
+            ValueError: images of another shape than [B, 3, S, S].
+        """
+        self.backbone.require_images(images_B3SS)
         images = images_B3SS.to(self.dtype)
         passes = images.split(self._copies_per_pass(self.backbone.patches_per_side**2))
         return torch.cat([self._pool(self.model.forward_features(chunk)) for chunk in passes])  # type: ignore[operator]
@@ -149,15 +157,22 @@ class CoalitionEvaluator:
 
 
 def require_droppable(backbone: Backbone) -> None:
-    """Raises ValueError unless tokens of the backbone's model can be left out: plain timm vision transformers."""
+    """Raises ValueError unless tokens of the backbone's model can be left out: plain timm vision transformers.
+
+    A convolutional stem (timm's hybrids) is refused: its tokens see the pixels of removed neighbours.
+    """
     model = backbone.model
-    droppable = isinstance(model, VisionTransformer) and getattr(model, "pos_embed", None) is not None
-    if not droppable:
+    if (
+        not isinstance(model, VisionTransformer)
+        or model.pos_embed is None
+        or not isinstance(model.patch_embed, PatchEmbed)
+    ):
         raise ValueError(
             f"removal: expected 'zero' for {backbone.config.name} ({type(model).__name__}), got 'drop', which needs a "
-            "plain vision transformer with absolute positions"
+            "plain vision transformer with absolute positions and linear patches"
         )
-    grid = model.patch_embed.grid_size  # type: ignore[union-attr]
+    grid = model.patch_embed.grid_size
+    assert grid is not None
     if tuple(grid) != (backbone.patches_per_side, backbone.patches_per_side):
         raise ValueError(
             f"removal: 'drop' expected the model's own {grid[0]} x {grid[1]} patches, got a grid of "

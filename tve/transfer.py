@@ -79,12 +79,14 @@ def of_class(maps_BCPP: Tensor, target_B: Tensor) -> Tensor:
     """Each picture's map [B, P, P] of its own class.
 
     Raises:
-        ValueError: a class that the head does not have.
+        ValueError: a class that the head does not have, or not one class per picture.
     """
-    num_classes = maps_BCPP.shape[1]
+    batch_size, num_classes = maps_BCPP.shape[:2]
+    if tuple(target_B.shape) != (batch_size,):
+        raise ValueError(f"class: expected one per picture, [{batch_size}], got {list(target_B.shape)}")
     if len(target_B) and not bool(((target_B >= 0) & (target_B < num_classes)).all()):
         raise ValueError(f"class: expected 0 to {num_classes - 1}, got {target_B.tolist()}")
-    return maps_BCPP[torch.arange(len(maps_BCPP), device=maps_BCPP.device), target_B]
+    return maps_BCPP[torch.arange(batch_size, device=maps_BCPP.device), target_B]
 
 
 def require_head(head: Head, embed_dim: int) -> None:

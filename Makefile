@@ -1,0 +1,62 @@
+# `make repro` and `make test` do everything from nothing; the rest is listed by `make help`.
+SHELL := bash
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+READY := $(VENV)/.ready
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
+PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
+
+.PHONY: help venv repro test lint types profile flow graph lock goals-main clean
+
+help: ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
+
+venv: $(READY) ## the virtual environment, with the versions of requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) uv pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) uv pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+repro: $(READY) ## the whole job of the active profile; does only what is stale
+	dvc repro
+
+flow: $(READY) ## the same as a Prefect flow, a task per stage
+	PREFECT_HOME=$(CURDIR)/.prefect python -m tve_pipeline.flows
+
+test: $(READY) ## all tests
+	pytest
+
+lint: $(READY) ## ruff, and whether dvc.yaml lists the code that its stages import
+	ruff check .
+	ruff format --check --diff .
+
+types: $(READY) ## mypy, strict
+	mypy
+
+profile: ## switch params.yaml: make profile NAME=real
+	@case " $(PROFILES) " in \
+	  *" $(or $(NAME),?) "*) ln -sfn profiles/$(NAME).yaml params.yaml && echo "profile: $(NAME)" ;; \
+	  *) echo "profile: expected NAME= one of $(PROFILES); got '$(NAME)'" >&2; exit 1 ;; \
+	esac
+
+graph: $(READY) ## write the code that each stage imports into dvc.yaml
+	python -m tve_pipeline.graph
+
+lock: $(READY) ## renew requirements.lock from pyproject.toml
+	uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 --generate-hashes \
+	  --no-header --no-emit-index-url --no-emit-find-links --no-annotate -q -o requirements.lock
+
+goals-main: $(READY) ## measure what the main job promises: one JSON line per goal
+	python -m tve_pipeline.goals main
+
+clean: ## remove what the pipeline made (not DVC's cache, from which `dvc checkout` restores it) and tools' caches
+	rm -rf data models results .tve .prefect .mypy_cache .ruff_cache .pytest_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

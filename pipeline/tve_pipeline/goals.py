@@ -1,0 +1,273 @@
+"""The project's goals, measured: one JSON line each, and a non-zero exit where one falls short.
+
+    python -m tve_pipeline.goals main [--skip-fresh-clone]
+
+Nothing is read from a verdict that somebody wrote down. Outputs that take long to make are used only after their
+bytes were hashed and found to be those of dvc.lock; statistics are computed from the per-picture scores, R² from the
+export, the shards and the exact windows.
+"""
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from numpy.typing import NDArray
+
+from tve.evaluator import CoalitionEvaluator
+from tve.export import load_explainer
+from tve.fidelity.statistics import paired_bootstrap, positive_density
+from tve.heads import load_head
+from tve.meta_attribution import exact_windows
+from tve.objective import explained_variance
+from tve.pictures import ordered_batches
+from tve.shards import Shards, decode_masks
+from tve.training import concatenated
+from tve_pipeline.scenes import SHAPES, patch_mask
+
+PROFILE = "scenes"
+CONTROLS = ("random", "random_blurred", "centre")
+SIDES = {"fidelity_plus": 1.0, "fidelity_minus": -1.0}  # +1: higher is better
+NUM_R2_PICTURES = 128
+NUM_DENSITY_PICTURES = 500
+
+
+class Goals:
+    """Prints goals as they are measured and remembers whether any fell short."""
+
+    def __init__(self) -> None:
+        self.fell_short = False
+
+    def at_least(self, goal: str, value: float | None, bar: float, unit: str) -> None:
+        self._print(goal, value, bar, None if value is None else value >= bar, unit)
+
+    def at_most(self, goal: str, value: float | None, bar: float, unit: str) -> None:
+        self._print(goal, value, bar, None if value is None else value <= bar, unit)
+
+    def _print(self, goal: str, value: float | None, bar: float, ok: bool | None, unit: str) -> None:
+        shown = None if value is None else round(value, 4)
+        print(json.dumps({"goal": goal, "value": shown, "bar": bar, "ok": ok, "unit": unit}), flush=True)
+        self.fell_short |= ok is False
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=["main"])
+    parser.add_argument("--skip-fresh-clone", action="store_true", help="leave out the 20-minute run from nothing")
+    arguments = parser.parse_args(argv)
+    goals = Goals()
+    fresh_clone(goals, skip=arguments.skip_fresh_clone)
+    planted_patch(goals)
+    verify_outputs(PROFILE)
+    for backbone, dataset in cells(PROFILE):
+        accuracy(goals, backbone)
+        explained(goals, backbone)
+        fidelity(goals, backbone, dataset)
+        density(goals, backbone, dataset)
+    real_cells(goals)
+    return 1 if goals.fell_short else 0
+
+
+def fresh_clone(goals: Goals, *, skip: bool) -> None:
+    """`make repro`, `make test` and a second `make repro` in an empty folder, from the committed tree."""
+    names = ("make repro, fresh clone", "make test, exit code", "make repro again", "stages run by make repro again")
+    bars, units = (15.0, 0.0, 15.0, 0.0), ("min", "exit code", "s", "stages")
+    values: list[float | None] = [None] * 4
+    if not skip:
+        root = Path(subprocess.check_output(["git", "rev-parse", "--show-toplevel"], text=True).strip())
+        environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "MAKEFLAGS", "MAKELEVEL")}
+        environment["TVE_DATA"] = os.environ.get("TVE_DATA", str(root / "../shared/data"))
+        with tempfile.TemporaryDirectory() as folder:
+            clone = Path(folder, "tve")
+            subprocess.run(["git", "clone", "--quiet", str(root), str(clone)], check=True)
+            first, seconds, _ = _make("repro", clone, environment)
+            values[0] = seconds / 60 if first == 0 else float("inf")
+            values[1] = float(_make("test", clone, environment)[0])
+            again, seconds, output = _make("repro", clone, environment)
+            values[2] = seconds if again == 0 else float("inf")
+            values[3] = float(len(re.findall(r"^Running stage", output, re.MULTILINE)))
+    for name, value, bar, unit in zip(names, values, bars, units, strict=True):
+        goals.at_most(name, value, bar, unit)
+
+
+def planted_patch(goals: Goals) -> None:
+    """The planted-patch tests, run here and now: every one must pass and none be skipped."""
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_planted_patch.py"]
+    output = subprocess.run(command, capture_output=True, text=True).stdout
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
+    passed = counts.pop("passed", 0)
+    goals.at_least("planted patch tests passed", passed / max(1, passed + sum(counts.values())), 1.0, "share")
+
+
+def accuracy(goals: Goals, backbone: str) -> None:
+    """Test accuracy of the backbone's own head on scenes, measured on the test shards."""
+    explainer = load_explainer(Path("models", PROFILE, "export", backbone))
+    head = explainer.backbone.classifier()
+    assert head is not None
+    right = {"digit": 0, "shape": 0}
+    num_pictures = 0
+    shards = Shards.open(Path("data", PROFILE, "shards", "scenes"))
+    for samples, images in ordered_batches(shards, "test", explainer.backbone, batch_size=200):
+        with torch.inference_mode():
+            joint = head(explainer.backbone(images)).argmax(1).tolist()
+        for sample, predicted in zip(samples, joint, strict=True):
+            assert sample.labels is not None
+            right["digit"] += predicted // len(SHAPES) == sample.labels["digit"]
+            right["shape"] += predicted % len(SHAPES) == sample.labels["shape"]
+        num_pictures += len(samples)
+    for task, bar in (("digit", 0.90), ("shape", 0.95)):
+        goals.at_least(f"{backbone}: test accuracy, {task}", right[task] / num_pictures, bar, "share")
+
+
+def explained(goals: Goals, backbone: str) -> None:
+    """R² within a picture on held-out pictures, against exact windows evaluated here in float32."""
+    explainer = load_explainer(Path("models", PROFILE, "export", backbone))
+    evaluator = CoalitionEvaluator(explainer.backbone, explainer.config.removal)
+    dataset = _params(PROFILE)["run"]["pretrain_dataset"]
+    shards = Shards.open(Path("data", PROFILE, "shards", dataset))
+    predicted, exact = [], []
+    for _, images in ordered_batches(
+        shards, "pretrain_val", explainer.backbone, batch_size=16, limit=NUM_R2_PICTURES
+    ):
+        with torch.inference_mode():
+            predicted.append(explainer(images))
+        exact.append(exact_windows(evaluator, images, explainer.family, explainer.empty_D))
+    learned = explained_variance(concatenated(predicted), concatenated(exact))
+    goals.at_least(f"{backbone}: R² within a picture, ĝ", learned.kept, 0.45, "R²")
+    goals.at_least(f"{backbone}: R² within a picture, ĥ", learned.removed, 0.65, "R²")
+
+
+def fidelity(goals: Goals, backbone: str, dataset: str) -> None:
+    """TVE against each control, and its share of the way from random to exact windows, from per-picture scores."""
+    explainer_removal = json.loads(Path("models", PROFILE, "export", backbone, "config.json").read_text())
+    removal = explainer_removal["explainer"]["removal"]
+    for task, methods in scores(backbone, dataset, removal).items():
+        for side, sign in SIDES.items():
+            for control in CONTROLS:
+                difference_N = sign * (methods["tve"][side] - methods[control][side])
+                low = paired_bootstrap(difference_N[:, None], num_resamples=10_000, seed=0)[0].low
+                goals.at_least(f"{task}: {side} of TVE better than {control}, lower end of 95 %", low, 1e-9, "p")
+            random, tve, exact = (methods[name][side].mean() for name in ("random", "tve", "exact_windows"))
+            bar = 0.80 if side == "fidelity_plus" else 0.70
+            share = float((tve - random) / (exact - random))
+            goals.at_least(f"{task}: {side}, share of the way from random to exact windows", share, bar, "share")
+
+
+def density(goals: Goals, backbone: str, dataset: str) -> None:
+    """Positive attribution per object patch: in the object that the task is about, over that in the other."""
+    explainer = load_explainer(Path("models", PROFILE, "export", backbone))
+    shards = Shards.open(Path("data", PROFILE, "shards", dataset))
+    heads = Path("models", PROFILE, "heads", f"{backbone}-{dataset}")
+    objects = {"digit": "shape", "shape": "digit"}
+    sums: dict[tuple[str, str], float] = defaultdict(float)
+    for samples, images in ordered_batches(
+        shards, "test", explainer.backbone, batch_size=100, limit=NUM_DENSITY_PICTURES
+    ):
+        patches = [patch_masks(sample.masks, shards.mask_objects) for sample in samples]
+        for task in objects:
+            maps = explainer.explain(images, load_head(heads / f"{task}.safetensors"))
+            for name in objects:
+                present = torch.stack([torch.from_numpy(of_picture[name]) for of_picture in patches])
+                sums[task, name] += float(positive_density(maps, present).sum())
+    for task, other in objects.items():
+        ratio = sums[task, task] / sums[task, other]
+        goals.at_least(f"{task}: density in the right object over the other", ratio, 2.0, "ratio")
+
+
+def patch_masks(masks: bytes | None, objects: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """Patches [P, P] that each object of a scene touches."""
+    assert masks is not None
+    return {name: patch_mask(mask) for name, mask in zip(objects, decode_masks(masks, len(objects)), strict=True)}
+
+
+def real_cells(goals: Goals) -> None:
+    """How many of the real pictures' six cells (backbone, task) are on record as rows that hash as recorded."""
+    record = Path("docs", "records", "real")
+    done = 0
+    for digests in sorted(record.glob("*/digests.json")):
+        for name, sha256 in json.loads(digests.read_text())["files"].items():
+            file = digests.parent / name
+            if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
+                raise SystemExit(f"{file}: expected sha256 {sha256}; the record was altered")
+            done += file.name.startswith("scores")
+    goals.at_least("real pictures: cells (backbone, task) on record", float(done), 6.0, "cells")
+
+
+def scores(backbone: str, dataset: str, removal: str) -> dict[str, dict[str, dict[str, NDArray[np.float64]]]]:
+    """task -> method -> side -> one value a picture, pictures in the same order for every method."""
+    rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
+    path = Path("results", PROFILE, "evaluate", f"{backbone}-{dataset}", "scores.csv")
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if row["removal"] == removal:
+                pair = (float(row["fidelity_plus"]), float(row["fidelity_minus"]))
+                rows[row["task"]][row["method"]][row["key"]] = pair
+    tasks: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = {}
+    for task, methods in rows.items():
+        keys = sorted(methods["tve"])
+        tasks[task] = {
+            method: {side: np.array([of_key[key][i] for key in keys]) for i, side in enumerate(SIDES)}
+            for method, of_key in methods.items()
+        }
+    return tasks
+
+
+def cells(profile: str) -> list[tuple[str, str]]:
+    """The (backbone, task dataset) pairs of a profile."""
+    run = _params(profile)["run"]
+    return [(backbone, dataset) for backbone in run["backbones"] for dataset in run["task_datasets"]]
+
+
+def verify_outputs(profile: str) -> None:
+    """Hashes every output of the profile's stages from its bytes; anything but what dvc.lock names ends the run."""
+    stages = yaml.safe_load(Path("dvc.lock").read_text())["stages"]
+    for stage, entry in stages.items():
+        if stage.split("@")[-1].split("-")[0] != profile:
+            continue
+        for out in entry.get("outs", []):
+            path = Path(out["path"])
+            actual = _dvc_md5(path) if path.exists() else "nothing"
+            if actual != out["md5"]:
+                raise SystemExit(f"{path}: expected {out['md5']} (dvc.lock), got {actual}; run `make repro` first")
+
+
+def _dvc_md5(path: Path) -> str:
+    """The hash that DVC gives a file, or a folder as the sorted list of its files."""
+    if path.is_file():
+        return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    entries = [{"md5": _dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    entries.sort(key=lambda entry: entry["relpath"])
+    listing = json.dumps(entries, sort_keys=True).encode()
+    return hashlib.md5(listing, usedforsecurity=False).hexdigest() + ".dir"
+
+
+def _make(target: str, folder: Path, environment: dict[str, str]) -> tuple[int, float, str]:
+    started = time.perf_counter()
+    done = subprocess.run(
+        ["make", target], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode != 0:
+        print(done.stdout[-4000:], file=sys.stderr)
+    return done.returncode, time.perf_counter() - started, done.stdout
+
+
+def _params(profile: str) -> Any:
+    return yaml.safe_load(Path("profiles", f"{profile}.yaml").read_text())
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

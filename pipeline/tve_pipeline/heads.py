@@ -1,0 +1,105 @@
+"""Stage `heads`: a linear head for every task of a dataset, fitted on one backbone's embeddings.
+
+    python -m tve_pipeline.heads BACKBONE DATASET
+
+Writes models/P/heads/BACKBONE-DATASET/{TASK.safetensors, heads.json} and results/P/heads/BACKBONE-DATASET/metrics.json.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+
+from tve.backbones import Backbone, file_sha256, open_backbone
+from tve.evaluator import CoalitionEvaluator
+from tve.heads import EmbeddedPictures, accuracy, embed_pictures, fit_linear_head, save_head
+from tve.shards import Shards
+from tve_pipeline.outputs import whole_folder, write_json
+from tve_pipeline.params import Count, Section, active_profile, load_section
+
+TRAIN_SPLIT = "train"
+TEST_SPLIT = "test"
+
+
+class HeadsParams(Section):
+    """Section `heads` of params.yaml."""
+
+    max_train: Count | None  # the first so many training pictures, null for all
+    regularization: Annotated[float, Field(gt=0)]
+    max_iter: Count
+
+
+def main(argv: list[str]) -> None:
+    backbone_name, dataset = argv
+    profile = active_profile()
+    params = load_section("heads", HeadsParams)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shards = Shards.open(Path("data", profile, "shards", dataset))
+    backbone = open_backbone(Path("models", profile, "backbone", backbone_name)).to(device)
+    cell = f"{backbone_name}-{dataset}"
+    with whole_folder(Path("models", profile, "heads", cell)) as folder:
+        document = fit_heads(backbone, shards, params, folder)
+    with whole_folder(Path("results", profile, "heads", cell)) as folder:
+        numbers = ("test_accuracy", "train_accuracy", "num_train", "num_test")
+        write_json(
+            folder / "metrics.json",
+            {task: {name: entry[name] for name in numbers} for task, entry in document["tasks"].items()},
+        )
+
+
+def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: Path) -> dict[str, Any]:
+    """Fits and writes the heads of all tasks of a dataset, and says what `heads.json` says.
+
+    Raises:
+        ValueError: a dataset without tasks, or with too few pictures for one of them.
+    """
+    if not shards.tasks:
+        raise ValueError(f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels")
+    evaluator = CoalitionEvaluator(backbone, "zero")
+    train = embed_pictures(evaluator, shards, TRAIN_SPLIT, limit=params.max_train)
+    test = embed_pictures(evaluator, shards, TEST_SPLIT)
+    tasks = {
+        task: _fit(task, classes, train, test, params, folder / f"{task}.safetensors")
+        for task, classes in shards.tasks.items()
+    }
+    document = {"backbone_sha256": backbone.weights_sha256, "tasks": tasks}
+    write_json(folder / "heads.json", document)
+    return document
+
+
+def _fit(
+    task: str,
+    classes: tuple[str, ...],
+    train: EmbeddedPictures,
+    test: EmbeddedPictures,
+    params: HeadsParams,
+    path: Path,
+) -> dict[str, Any]:
+    try:
+        head = fit_linear_head(
+            train.embeddings_MD,
+            train.labels_of(task),
+            len(classes),
+            regularization=params.regularization,
+            max_iter=params.max_iter,
+        )
+    except ValueError as error:
+        raise ValueError(f"head of {task}: {error}") from error
+    save_head(head, path)
+    entry = {
+        "classes": list(classes),
+        "test_accuracy": accuracy(head, test.embeddings_MD, test.labels_of(task)),
+        "train_accuracy": accuracy(head, train.embeddings_MD, train.labels_of(task)),
+        "num_train": len(train.keys),
+        "num_test": len(test.keys),
+        "file": path.name,
+        "sha256": file_sha256(path),
+    }
+    print(f"{task}: {entry['test_accuracy']:.3f} of {entry['num_test']} test pictures right")
+    return entry
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,215 @@
+"""Stage `pretrain`: an explainer for one backbone, from unlabelled pictures.
+
+    python -m tve_pipeline.pretrain BACKBONE
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from safetensors.torch import save_file
+
+from tve.backbones import Backbone, file_sha256, open_backbone
+from tve.evaluator import CoalitionEvaluator
+from tve.explainer import Explainer, ExplainerConfig
+from tve.mae import pretrain_own_mae
+from tve.pictures import ordered_batches, training_batches
+from tve.removal import Removal
+from tve.shards import Shards
+from tve.training import TrainingConfig, TrainingResult, pretrain, write_training_rows
+from tve.two_networks import TwoNetworks, TwoNetworksConfig
+from tve_pipeline.outputs import whole_folder, write_json
+from tve_pipeline.params import RunParams, active_profile, load_backbone_params, load_section
+
+TRAIN_SPLIT = "pretrain"
+HELD_OUT_SPLIT = "pretrain_val"
+
+
+class TwoNetworksParams(BaseModel):
+    """The paper's form; see `tve.two_networks`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    embed_dim: int
+    encoder_depth: int
+    decoder_depth: int
+    num_heads: int
+    mixing_layers: int
+    differences: bool
+
+
+class MaeParams(BaseModel):
+    """Where the two networks start: a weights file, or a short masked-autoencoder training of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    weights: str | None
+    num_steps: int
+    batch_size: int
+    learning_rate: float
+    mask_ratio: float
+
+
+class PretrainParams(BaseModel):
+    """Section `pretrain` of params.yaml."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    form: Literal["shared", "two_networks"]
+    trunk: Literal["frozen", "trained"]
+    radius: int
+    num_levels: int
+    width: int
+    depth: int
+    num_steps: int
+    batch_size: int
+    centres_per_image: int
+    learning_rate: float
+    trunk_learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    evaluate_every: int
+    checkpoint_every: int
+    num_evaluation_pictures: int
+    memory_mib: int
+    precision: Literal["bfloat16", "float32"]
+    augment: bool
+    seed: int
+    mae: MaeParams | None
+    two_networks: TwoNetworksParams | None
+
+
+def main(argv: list[str]) -> None:
+    (name,) = argv
+    profile = active_profile()
+    params = load_section("pretrain", PretrainParams)
+    removal = load_backbone_params(name).removal
+    shards_folder = Path("data", profile, "shards", load_section("run", RunParams).pretrain_dataset)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(params.seed)
+
+    shards = Shards.open(shards_folder)
+    backbone = open_backbone(Path("models", profile, "backbone", name)).to(device)
+    explainer = build_explainer(backbone, params, removal).to(device)
+    initialisation = initialise_two_networks(explainer, shards, params)
+    result = run(explainer, shards, params, profile, name, index_sha256=file_sha256(shards_folder / "index.json"))
+    write(explainer, result, params, profile, name, initialisation)
+
+
+def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal) -> Explainer:
+    """An untrained explainer as the parameters describe it."""
+    config = ExplainerConfig(
+        radius=params.radius,
+        removal=removal,
+        form=params.form,
+        trunk=params.trunk,
+        num_levels=params.num_levels,
+        width=params.width,
+        depth=params.depth,
+        two_networks=TwoNetworksConfig(**params.two_networks.model_dump()) if params.two_networks else TwoNetworksConfig(),
+    )
+    return Explainer(backbone, config)
+
+
+def initialise_two_networks(explainer: Explainer, shards: Shards, params: PretrainParams) -> str:
+    """Starts the paper's networks from a masked autoencoder where one is asked for; says what was done."""
+    network = explainer.network
+    if not isinstance(network, TwoNetworks):
+        return f"backbone features ({params.trunk} trunk)"
+    if params.mae is None:
+        return network.initialisation
+    if params.mae.weights is not None:
+        network.load_mae_weights(Path(params.mae.weights))
+        return network.initialisation
+    batches = training_batches(
+        shards, TRAIN_SPLIT, explainer.backbone, batch_size=params.mae.batch_size, seed=params.seed, augment=params.augment
+    )
+    pretrain_own_mae(
+        network,
+        (batch.images_B3SS for batch in batches),
+        num_steps=params.mae.num_steps,
+        learning_rate=params.mae.learning_rate,
+        mask_ratio=params.mae.mask_ratio,
+        seed=params.seed,
+    )
+    return network.initialisation
+
+
+def run(
+    explainer: Explainer, shards: Shards, params: PretrainParams, profile: str, name: str, *, index_sha256: str
+) -> TrainingResult:
+    """Pre-trains, resuming a run that was cut short with the same parameters, backbone and shards."""
+    backbone = explainer.backbone
+    evaluator = CoalitionEvaluator(
+        backbone, explainer.config.removal, memory_mib=params.memory_mib, precision=params.precision
+    )
+    held_out = torch.cat(
+        [
+            images
+            for _, images in ordered_batches(
+                shards, HELD_OUT_SPLIT, backbone, batch_size=64, limit=params.num_evaluation_pictures
+            )
+        ]
+    )
+    config = TrainingConfig(
+        num_steps=params.num_steps,
+        centres_per_image=params.centres_per_image,
+        learning_rate=params.learning_rate,
+        trunk_learning_rate=params.trunk_learning_rate,
+        weight_decay=params.weight_decay,
+        warmup_steps=params.warmup_steps,
+        evaluate_every=params.evaluate_every,
+        checkpoint_every=params.checkpoint_every,
+        seed=params.seed,
+        bfloat16=params.precision == "bfloat16",
+    )
+    return pretrain(
+        explainer,
+        evaluator,
+        lambda step: training_batches(
+            shards,
+            TRAIN_SPLIT,
+            backbone,
+            batch_size=params.batch_size,
+            seed=params.seed,
+            augment=params.augment,
+            start_step=step,
+        ),
+        held_out,
+        config,
+        checkpoint=Path(".tve", "checkpoints", profile, f"{name}.pt"),
+        identity=json.dumps([params.model_dump(), backbone.weights_sha256, index_sha256], sort_keys=True),
+    )
+
+
+def write(
+    explainer: Explainer, result: TrainingResult, params: PretrainParams, profile: str, name: str, initialisation: str
+) -> None:
+    """The trained state and configuration, the training curve and the metrics, each folder renamed when complete."""
+    config = {"explainer": asdict(explainer.config), "backbone_sha256": explainer.backbone.weights_sha256}
+    with whole_folder(Path("models", profile, "pretrain", name)) as folder:
+        state = {key: tensor.detach().cpu().contiguous() for key, tensor in explainer.trained_state().items()}
+        save_file(state, folder / "explainer.safetensors")
+        write_json(folder / "config.json", config)
+
+    metrics = {f"r2_{key}": value for key, value in asdict(result.explained).items()} | {
+        "trivial_mean_r2_kept": result.trivial.kept,
+        "trivial_full_r2_removed": result.trivial.removed,
+        "num_steps": params.num_steps,
+        "batch_size": params.batch_size,
+        "centres_per_image": params.centres_per_image,
+        "num_evaluation_pictures": params.num_evaluation_pictures,
+        "elapsed_s": round(result.elapsed_s, 1),
+        "resumed_from_step": result.resumed_from_step,
+        "initialisation": initialisation,
+        "form": params.form,
+        "removal": explainer.config.removal,
+    }
+    with whole_folder(Path("results", profile, "pretrain", name)) as folder:
+        write_training_rows(result.rows, folder / "training.csv")
+        write_json(folder / "metrics.json", metrics)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

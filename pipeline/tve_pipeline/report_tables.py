@@ -1,0 +1,144 @@
+"""The report's tables: plain values for the template, and nothing that is not in the results."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from tve.figures import style_of
+from tve_pipeline.report_results import CONTROLS, FIDELITIES, REFERENCES, Results
+
+GROUPS = (("tve", "tve_u", "tve_hg"), CONTROLS, REFERENCES)
+SIGN_OF_BETTER = {"fidelity_plus": 1, "fidelity_minus": -1}
+Cell = dict[str, Any] | None
+
+
+def removals_of(results: Results, backbone: str, trained_for: str) -> list[str]:
+    """The removal operators that a backbone was evaluated under, the one of its explainer first."""
+    found: dict[str, None] = {}
+    for (name, _), evaluation in results.evaluations.items():
+        if name == backbone:
+            for task in evaluation.tasks.values():
+                found |= dict.fromkeys(removal for scores in task["methods"].values() for removal in scores)
+    return sorted(found, key=lambda removal: (removal != trained_for, removal))
+
+
+def columns_of(results: Results, backbone: str) -> list[dict[str, Any]]:
+    """The columns of a backbone's tables: each task of each dataset, or one that says that a dataset is missing."""
+    columns: list[dict[str, Any]] = []
+    for dataset in results.datasets:
+        evaluation = results.evaluations.get((backbone, dataset))
+        if evaluation is None:
+            columns.append({"dataset": dataset, "task": dataset, "result": None})
+        else:
+            columns += [{"dataset": dataset, "task": task, "result": found} for task, found in evaluation.tasks.items()]
+    return columns
+
+
+def methods_of(columns: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """Groups of methods in the order of the tables: explanations, controls, references; unknown ones beside TVE."""
+    present = dict.fromkeys(method for column in columns if column["result"] for method in column["result"]["methods"])
+    known = {method for group in GROUPS for method in group}
+    groups = [tuple(method for method in group if method in present) for group in GROUPS]
+    groups[0] += tuple(method for method in present if method not in known)
+    return [group for group in groups if group]
+
+
+def fidelity_table(columns: list[dict[str, Any]], removal: str) -> list[list[dict[str, Any]]]:
+    """Groups of rows {"label", "reference", "cells"}; a cell holds a mean, its std, and whether it is the best.
+
+    The references are evaluated exactly, at many passes a picture, and compete for no mark.
+    """
+    cells: dict[tuple[str, int, str], Cell] = {}
+    for index, column in enumerate(columns):
+        methods = column["result"]["methods"] if column["result"] else {}
+        for fidelity in FIDELITIES:
+            means = {name: scores[removal][fidelity]["mean"] for name, scores in methods.items() if removal in scores}
+            rivals = [SIGN_OF_BETTER[fidelity] * mean for name, mean in means.items() if name not in REFERENCES]
+            for name, mean in means.items():
+                best = name not in REFERENCES and round(SIGN_OF_BETTER[fidelity] * mean, 3) == round(max(rivals), 3)
+                std = methods[name][removal][fidelity]["std"]
+                cells[name, index, fidelity] = {"mean": number(mean), "std": number(std), "best": best}
+    return [
+        [
+            {
+                "method": method,
+                "label": style_of(method).label,
+                "reference": method in REFERENCES,
+                "cells": [cells.get((method, i, f)) for i in range(len(columns)) for f in FIDELITIES],
+            }
+            for method in group
+        ]
+        for group in methods_of(columns)
+    ]
+
+
+def share_row(columns: list[dict[str, Any]], removal: str) -> list[str | None]:
+    """Per column and fidelity, how far TVE is on the way from random to the exact windows, in percent."""
+    shares = [(column["result"] or {}).get("share_of_way", {}).get(removal, {}) for column in columns]
+    return [percent(share.get(fidelity)) for share in shares for fidelity in FIDELITIES]
+
+
+def difference_table(columns: list[dict[str, Any]], removal: str) -> list[dict[str, Any]]:
+    """Rows {"label", "cells"} of TVE minus each method: difference, 95 % interval, and the verdict on TVE."""
+    rows = []
+    found = [(column["result"] or {}).get("differences", {}).get(removal, {}) for column in columns]
+    present = dict.fromkeys(method for differences in found for method in differences)
+    order = [*CONTROLS, "tve_u", "tve_hg", *REFERENCES]
+    for method in sorted(present, key=lambda name: order.index(name) if name in order else len(order)):
+        cells = [
+            _difference(differences[method][fidelity], fidelity) if method in differences else None
+            for differences in found
+            for fidelity in FIDELITIES
+        ]
+        rows.append({"label": style_of(method).label, "control": method in CONTROLS, "cells": cells})
+    return rows
+
+
+def density_table(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of object density, for the tasks that are about one object of the picture."""
+    rows = []
+    for column in columns:
+        for method, density in ((column["result"] or {}).get("density") or {}).items():
+            values = {name: density.get(name) for name in ("own", "other", "ratio")}
+            ratio = values["ratio"]
+            rows.append(
+                {
+                    "task": column["task"],
+                    "label": style_of(method).label,
+                    "own": number(values["own"]),
+                    "other": number(values["other"]),
+                    "ratio": "–" if ratio is None else f"{ratio:.1f} ×",
+                }
+            )
+    return rows
+
+
+def verdict_of(difference: dict[str, float], fidelity: str) -> str:
+    """Whether TVE is "better" or "worse" with its interval clear of zero, or "unclear"."""
+    low, high = sorted(SIGN_OF_BETTER[fidelity] * difference[end] for end in ("low", "high"))
+    return "better" if low > 0 else "worse" if high < 0 else "unclear"
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    """A figure without its leading zero and with a true minus sign; a dash where there is none.
+
+    >>> number(-0.1234), number(12.0), number(None)
+    ('−.123', '12.000', '–')
+    """
+    if value is None:
+        return "–"
+    text = f"{abs(value):.{decimals}f}"
+    return ("−" if value < 0 and float(text) else "") + (text[1:] if text.startswith("0.") else text)
+
+
+def percent(value: float | None) -> str | None:
+    """A share in whole percent; None where there is none."""
+    return None if value is None else f"{value * 100:.0f} %".replace("-", "−")
+
+
+def _difference(difference: dict[str, float], fidelity: str) -> dict[str, str]:
+    mean = difference["mean"]
+    return {
+        "mean": ("+" if mean >= 0 else "") + number(mean),
+        "interval": f"{number(difference['low'])} … {number(difference['high'])}",
+        "verdict": verdict_of(difference, fidelity),
+    }

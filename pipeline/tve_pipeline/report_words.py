@@ -1,0 +1,174 @@
+"""The report's sentences: the headline, the protocol, and what was cut short."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from tve_pipeline.report_results import CONTROLS, FIDELITIES, Evaluation, Results
+from tve_pipeline.report_tables import number, percent, verdict_of
+
+Sections = Mapping[str, Any]  # sections of params.yaml, as they stand there
+
+GLOSSARY = {
+    "TVE": "the explainer's ĝ and ĥ read through the task's head: one forward pass, nothing trained on the task; "
+    "“no window mean” is u, the same before averaging over windows",
+    "TVE-Hg": "the same explainer read through the backbone's own classifier instead of the task's head: an ablation",
+    "Exact windows": "the quantity that TVE predicts, evaluated at two passes of the backbone per patch: a reference, "
+    "not a bound",
+    "Random": "uniform noise; “blurred” is the same noise under the window mean, since removal rewards blur",
+    "Centre": "a Gaussian about the middle of the picture",
+}
+
+
+def headline(results: Results, trained_for: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+    """The result in sentences, and as a few large figures {"value", "label"}; under the removal trained for."""
+    shares: dict[str, list[float]] = {fidelity: [] for fidelity in FIDELITIES}
+    verdicts: list[bool] = []  # one for each task of each backbone: is every control beaten in both fidelities?
+    ratios: list[float] = []
+    for (backbone, _), evaluation in results.evaluations.items():
+        removal = trained_for[backbone]
+        for task in evaluation.tasks.values():
+            differences = task.get("differences", {}).get(removal, {})
+            verdict = [verdict_of(differences[name][f], f) for name in CONTROLS if name in differences for f in FIDELITIES]
+            if verdict:
+                verdicts.append(all(result == "better" for result in verdict))
+            for fidelity in FIDELITIES:
+                share = task.get("share_of_way", {}).get(removal, {}).get(fidelity)
+                shares[fidelity] += [] if share is None else [share]
+            ratio = ((task.get("density") or {}).get("tve") or {}).get("ratio")
+            ratios += [] if ratio is None else [ratio]
+
+    sentences, figures = [], []
+    explainers = results.pretraining.values()
+    if explainers:
+        kept, removed = (_range([e.metrics[f"r2_{name}"] for e in explainers], number) for name in ("kept", "removed"))
+        sentences.append(
+            f"One label-free pre-training explains {kept} of what differs from window to window inside a held-out "
+            f"picture when a window alone is kept (R² of ĝ), and {removed} when it is taken away (R² of ĥ)."
+        )
+        figures += [{"value": kept, "label": "R² of ĝ within a picture"}, {"value": removed, "label": "R² of ĥ"}]
+    if verdicts:
+        beaten, of = sum(verdicts), len(verdicts)
+        which = "every task" if beaten == of else f"{beaten} of {of} tasks" if beaten else "no task"
+        across = f" ({of} in all, over {len(results.evaluations)} pairs of backbone and dataset)" if of > 1 else ""
+        sentences.append(
+            f"On {which}{across}, TVE beats each of the controls in both fidelities with a 95 % interval clear of zero."
+        )
+        figures.append({"value": f"{beaten} / {of}", "label": "tasks on which every control is beaten"})
+    if shares["fidelity_plus"] and shares["fidelity_minus"]:
+        plus, minus = (_range(shares[fidelity], percent) for fidelity in FIDELITIES)
+        sentences.append(f"It covers {plus} (F⁺) and {minus} (F⁻) of the way from random maps to the exact windows.")
+        figures += [
+            {"value": plus, "label": "of the way to exact windows, F⁺"},
+            {"value": minus, "label": "of the way to exact windows, F⁻"},
+        ]
+    if ratios:
+        low = min(ratios)
+        sentences.append(
+            f"The object that a task is about holds at least {low:.1f} times the positive attribution of the other one, "
+            "patch for patch."
+            if low >= 1
+            else f"In one task the wrong object holds more positive attribution than the right one ({low:.1f} ×)."
+        )
+        figures.append({"value": f"{low:.1f} ×" if len(ratios) == 1 else f"≥ {low:.1f} ×", "label": "density, right object / other"})
+    if not sentences:
+        sentences.append("Nothing has been evaluated yet: every part of this report is missing.")
+    return sentences, figures
+
+
+def protocol(results: Results, sections: Sections) -> list[str]:
+    """How the numbers were made, a sentence each."""
+    evaluate = sections.get("evaluate", {})
+    sentences = [_backbone_words(name, sections["backbones"][name]) for name in results.backbones]
+    sentences += [_pretraining_words(name, found.metrics) for name, found in results.pretraining.items()]
+    sentences.append(
+        "Each task is a linear head on the frozen backbone's pooled embedding; the explainer never saw a head or a label."
+    )
+    evaluations = list(results.evaluations.values())
+    if evaluations:
+        fractions = sorted({point[0] for found in evaluations for points in found.curves.values() for point in points})
+        levels = f"{len(fractions)} levels ({fractions[0]:.0%} to {fractions[-1]:.0%} of the patches)" if fractions else "levels"
+        sentences += [
+            "The watched probability p(y|x) is that of the class y which the task's head predicts for the whole picture. "
+            f"S* are the patches of highest attribution, at {levels}; ties follow one fixed pseudo-random order.",
+            "Fidelity⁺ = p(y|x) − p(y|x without S*), higher is better. Fidelity⁻ = p(y|x) − p(y|x with S* only), lower is "
+            "better. Both are means over levels, then over pictures, ± the standard deviation over pictures.",
+            f"Intervals are 95 % paired bootstrap intervals over pictures ({evaluate.get('num_bootstrap', '?')} resamples) of "
+            "TVE minus the other method. Where an interval holds zero, nothing is claimed.",
+            f"TVE and the exact windows are read as the {str(evaluate.get('output', 'logit')).replace('_', '-')} of y. "
+            "Maps are never rescaled or clipped for a score; for display alone each takes its own scale, centred at zero.",
+        ]
+    return sentences
+
+
+def cut_short(results: Results, sections: Sections) -> list[str]:
+    """What is smaller than it could be, a sentence each."""
+    sentences = [sentence for part in _documents(results) for sentence in part.get("cut_short", ())]
+    for name, found in results.pretraining.items():
+        metrics = found.metrics
+        sentences.append(
+            f"The explainer of {name} was trained for {_count(metrics['num_steps'])} steps"
+            f"{_in_minutes(metrics)}; its curve shows whether it had levelled off."
+        )
+        if metrics.get("resumed_from_step"):
+            sentences.append(f"That run was interrupted and resumed from step {_count(metrics['resumed_from_step'])}.")
+    for name in results.backbones:
+        if sections["backbones"][name]["weights"] == "random":
+            sentences.append(f"The weights of {name} are random: its numbers show that the parts fit, and nothing else.")
+    for (backbone, dataset), evaluation in results.evaluations.items():
+        num_pictures, num_test = evaluation.metrics["num_pictures"], _num_test(results, backbone, dataset)
+        if num_test is not None and num_pictures < num_test:
+            sentences.append(
+                f"{backbone} on {dataset} was scored on {_count(num_pictures)} of {_count(num_test)} test pictures."
+            )
+    for dataset in results.datasets:
+        splits = sections.get("datasets", {}).get(dataset, {}).get("splits") or {}
+        for split, values in splits.items():
+            limit = values.get("limit") if isinstance(values, dict) else None
+            if limit is not None:
+                sentences.append(f"{dataset}: at most {_count(limit)} pictures of the split {split} are used.")
+    if sections.get("heads", {}).get("max_train") is not None:
+        sentences.append(f"Heads are fitted on at most {_count(sections['heads']['max_train'])} pictures.")
+    return sentences
+
+
+def _documents(results: Results) -> Iterator[Mapping[str, Any]]:
+    yield from results.backbone_metrics.values()
+    yield from (found.metrics for found in results.pretraining.values())
+    yield from results.heads.values()
+    yield from (found.metrics for found in results.evaluations.values())
+
+
+def _num_test(results: Results, backbone: str, dataset: str) -> int | None:
+    heads = results.heads.get((backbone, dataset), {})
+    counts = [entry["num_test"] for entry in heads.values() if isinstance(entry, dict) and "num_test" in entry]
+    return max(counts, default=None)
+
+
+def _backbone_words(name: str, params: Mapping[str, Any]) -> str:
+    side = params["patches_per_side"]
+    weights = {"train": "trained in its own stage", "timm": "with timm's weights", "random": "with random weights"}
+    origin = weights.get(params["weights"], "with given weights")
+    grid = f" on a grid of {side} × {side} patches" if side else ""
+    return f"Backbone {name}: {params['architecture']} {origin}{grid}, frozen; explained under removal “{params['removal']}”."
+
+
+def _pretraining_words(name: str, metrics: Mapping[str, Any]) -> str:
+    batch, centres = metrics.get("batch_size"), metrics.get("centres_per_image")
+    drawn = f" of {batch} pictures with {centres} windows each" if batch and centres else ""
+    start = f", starting from: {metrics['initialisation']}" if metrics.get("initialisation") else ""
+    held_out = f" R² is over {_count(n)} held-out pictures." if (n := metrics.get("num_evaluation_pictures")) else ""
+    return f"Explainer of {name}: {_count(metrics['num_steps'])} steps{drawn}, no label read{start}.{held_out}"
+
+
+def _in_minutes(metrics: Mapping[str, Any]) -> str:
+    elapsed_s = metrics.get("elapsed_s")
+    return "" if elapsed_s is None else f" in {elapsed_s / 60:.0f} minutes" if elapsed_s >= 120 else f" in {elapsed_s:.0f} s"
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _range(values: list[float], write: Callable[[float], str | None]) -> str:
+    low, high = str(write(min(values))), str(write(max(values)))
+    return low if low == high else f"{low.removesuffix(' %')} to {high}"

@@ -1,0 +1,72 @@
+import itertools
+import re
+
+import pytest
+import torch
+
+from tve.coalitions import Windows, require_coalitions
+
+
+@pytest.mark.parametrize(("patches", "radius"), [(1, 0), (4, 0), (5, 1), (6, 2), (7, 6)])
+def test_a_window_holds_the_patches_at_most_r_rows_and_columns_away(patches: int, radius: int) -> None:
+    windows = Windows(patches, radius)
+    kept_NPP = windows.kept_NPP()
+    assert kept_NPP.dtype == torch.bool
+    assert kept_NPP.shape == (windows.num_coalitions, patches, patches) == (patches**2, patches, patches)
+    for p, q, i, j in itertools.product(range(patches), repeat=4):
+        near = abs(i - p) <= radius and abs(j - q) <= radius
+        assert bool(kept_NPP[p * patches + q, i, j]) == near
+
+
+def test_windows_are_indexed_row_first() -> None:
+    """On a 5 x 5 grid, window 1 is around row 0, column 1; a transposed index would give row 1, column 0."""
+    around = Windows(5, 0).kept_NPP()[1].nonzero().tolist()
+    assert around == [[0, 1]]
+
+
+def test_a_patch_lies_in_a_window_exactly_when_the_windows_centre_lies_in_its_own() -> None:
+    kept_NN = Windows(6, 2).kept_NPP().flatten(1)
+    assert torch.equal(kept_NN, kept_NN.T)
+
+
+def test_border_windows_are_clipped_and_not_wrapped() -> None:
+    sizes = Windows(14, 2).kept_NPP().sum((1, 2)).reshape(14, 14)
+    assert int(sizes[0, 0]) == 9
+    assert int(sizes[0, 7]) == 15
+    assert int(sizes[7, 7]) == 25
+    # The mean number of kept tokens that a window's cost is counted with.
+    assert float(sizes.float().mean()) == pytest.approx(20.9, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("patches", "radius", "message"),
+    [
+        (0, 0, "patches_per_side: expected at least 1, got 0"),
+        (4, -1, "radius: expected 0 to 3"),
+        (4, 4, "radius: expected 0 to 3 on a 4 x 4 grid, got 4"),
+    ],
+)
+def test_a_window_that_cannot_be_is_an_error(patches: int, radius: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Windows(patches, radius)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.ones(2, 3, 4, 4),
+        torch.ones(2, 3, 16, dtype=torch.bool),
+        torch.ones(1, 3, 4, 4, dtype=torch.bool),
+        torch.ones(2, 3, 4, 5, dtype=torch.bool),
+    ],
+    ids=["dtype", "flat", "batch", "grid"],
+)
+def test_coalitions_of_another_form_are_an_error_that_says_both(wrong: torch.Tensor) -> None:
+    got = re.escape(f"got {wrong.dtype} {list(wrong.shape)}")
+    with pytest.raises(ValueError, match=rf"coalitions: expected bool \[2, K, 4, 4\], {got}"):
+        require_coalitions(wrong, batch_size=2, patches_per_side=4)
+
+
+def test_any_number_of_coalitions_is_accepted() -> None:
+    for count in (0, 1, 5):
+        require_coalitions(torch.ones(2, count, 4, 4, dtype=torch.bool), batch_size=2, patches_per_side=4)

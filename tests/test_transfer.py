@@ -1,0 +1,194 @@
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tve.coalitions import Windows
+from tve.meta_attribution import MetaAttribution
+from tve.transfer import Output, TransferRule, of_class, read, transfer, window_mean
+
+P, D, C = 5, 6, 3
+OUTPUTS: tuple[Output, ...] = ("logit", "probability", "log_probability")
+
+
+def meta(batch_size: int = 2) -> MetaAttribution:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return MetaAttribution(
+        normal(batch_size, P * P, D), normal(batch_size, P * P, D), normal(batch_size, D), normal(D)
+    )
+
+
+def linear_head() -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(D, C)
+
+
+def nonlinear_head() -> nn.Sequential:
+    torch.manual_seed(1)
+    return nn.Sequential(nn.LayerNorm(D), nn.Linear(D, 8), nn.GELU(), nn.Linear(8, C))
+
+
+def planted(u_PP: Tensor) -> MetaAttribution:
+    """A meta-attribution whose kept windows say u about class 0, and whose removed windows change nothing."""
+    kept = torch.zeros(1, P * P, D)
+    kept[0, :, 0] = u_PP.flatten()
+    return MetaAttribution(kept, torch.zeros(1, P * P, D), torch.zeros(1, D), torch.zeros(D))
+
+
+def identity_head() -> nn.Linear:
+    head = nn.Linear(D, D)
+    nn.init.eye_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("head", [linear_head(), nonlinear_head()], ids=["linear", "mlp"])
+def test_every_map_is_its_definition_for_each_patch_and_class(output: Output, head: nn.Module) -> None:
+    given, rule = meta(), TransferRule(1, output, weight_kept=0.7, weight_removed=1.3)
+    maps = transfer(given, head, rule)
+    assert maps.shape == (2, C, P, P)
+
+    def says(embedding_D: Tensor) -> Tensor:
+        logits: Tensor = head(embedding_D[None])[0]
+        outputs = {
+            "logit": logits,
+            "probability": logits.softmax(0),
+            "log_probability": logits.log_softmax(0),
+        }
+        return outputs[output]
+
+    with torch.no_grad():
+        for b in range(2):
+            gained = [says(given.kept_BND[b, n]) - says(given.empty_D) for n in range(P * P)]
+            lost = [says(given.full_BD[b]) - says(given.removed_BND[b, n]) for n in range(P * P)]
+            u_NC = 0.7 * torch.stack(gained) + 1.3 * torch.stack(lost)
+            for n, window_PP in enumerate(Windows(P, 1).kept_NPP()):
+                expected_C = u_NC[window_PP.flatten()].mean(0)
+                torch.testing.assert_close(maps[b, :, n // P, n % P], expected_C, atol=1e-5, rtol=1e-5)
+
+
+def test_maps_are_linear_in_the_two_weights() -> None:
+    given, head = meta(), linear_head()
+
+    def maps(kept: float, removed: float) -> Tensor:
+        return transfer(given, head, TransferRule(1, weight_kept=kept, weight_removed=removed))
+
+    torch.testing.assert_close(maps(2.0, -3.0), 2 * maps(1, 0) - 3 * maps(0, 1), atol=1e-5, rtol=1e-5)
+    assert not maps(0, 0).any()
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+def test_all_classes_at_once_equal_each_class_alone(output: Output) -> None:
+    """A head of one class read alone gives the same map, where classes do not share a softmax."""
+    given, head = meta(), linear_head()
+    maps = transfer(given, head, TransferRule(2, output))
+    for y in range(C):
+
+        def one_class(embeddings: Tensor, y: int = y) -> Tensor:
+            return read(head, embeddings, output)[..., y : y + 1]
+
+        alone = transfer(given, one_class, TransferRule(2))
+        torch.testing.assert_close(maps[:, y], alone[:, 0])
+
+
+def test_each_picture_is_explained_by_itself() -> None:
+    both, head, rule = meta(2), linear_head(), TransferRule(1)
+    second = MetaAttribution(both.kept_BND[1:], both.removed_BND[1:], both.full_BD[1:], both.empty_D)
+    torch.testing.assert_close(transfer(both, head, rule)[1:], transfer(second, head, rule))
+
+
+def test_a_bias_of_the_head_moves_no_logit_map() -> None:
+    given, head = meta(), linear_head()
+    before = transfer(given, head, TransferRule(1))
+    head.bias.data += 5
+    torch.testing.assert_close(transfer(given, head, TransferRule(1)), before, atol=1e-5, rtol=1e-5)
+
+
+def test_a_picture_whose_windows_say_nothing_has_a_map_of_zeros() -> None:
+    given = meta()
+    same = MetaAttribution(
+        given.empty_D.expand_as(given.kept_BND),
+        given.full_BD[:, None].expand_as(given.removed_BND),
+        given.full_BD,
+        given.empty_D,
+    )
+    for output in OUTPUTS:
+        maps = transfer(same, linear_head(), TransferRule(1, output))
+        torch.testing.assert_close(maps, torch.zeros_like(maps), atol=1e-6, rtol=0)
+
+
+def test_without_the_window_mean_a_planted_u_comes_back_in_row_major_order() -> None:
+    u = torch.arange(P * P).reshape(P, P).float()
+    maps = transfer(planted(u), identity_head(), TransferRule(2, window_mean=False))
+    assert torch.equal(maps[0, 0], u)
+    assert not maps[0, 1:].any()
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 4])
+def test_the_window_mean_of_a_planted_u_is_the_mean_over_the_windows_that_hold_the_patch(radius: int) -> None:
+    u = torch.randn(P, P, generator=torch.Generator().manual_seed(3))
+    phi = transfer(planted(u), identity_head(), TransferRule(radius))[0, 0]
+    windows_NPP = Windows(P, radius).kept_NPP()
+    for p, q in itertools.product(range(P), repeat=2):
+        holds_N = windows_NPP[:, p, q]
+        assert float(phi[p, q]) == pytest.approx(float(u.flatten()[holds_N].mean()), abs=1e-5)
+
+
+def test_a_constant_u_stays_constant_to_the_very_corner() -> None:
+    phi = window_mean(torch.full((1, 1, P, P), -2.0), 2)
+    torch.testing.assert_close(phi, torch.full((1, 1, P, P), -2.0))
+
+
+@pytest.mark.parametrize(("p", "q"), list(itertools.product(range(P), repeat=2)))
+def test_the_only_informative_patch_is_the_peak(p: int, q: int) -> None:
+    """A window says 1 exactly when it holds patch (p, q): unique peak at r = 0, a maximum at r = 1."""
+    for radius in (0, 1):
+        holds_N = Windows(P, radius).kept_NPP()[:, p, q].float()
+        phi = transfer(planted(holds_N.reshape(P, P)), identity_head(), TransferRule(radius))[0, 0]
+        maxima = (phi >= phi.max() - 1e-6).nonzero().tolist()
+        assert [p, q] in maxima
+        clear = all(place in (0, P - 1) or radius < place < P - 1 - radius for place in (p, q))
+        if radius == 0 or clear:
+            assert maxima == [[p, q]]
+
+
+def test_probabilities_sum_to_one_and_their_maps_to_zero() -> None:
+    torch.testing.assert_close(read(linear_head(), meta().full_BD, "probability").sum(-1), torch.ones(2))
+    total = transfer(meta(), linear_head(), TransferRule(1, "probability")).sum(1)
+    torch.testing.assert_close(total, torch.zeros(2, P, P), atol=1e-5, rtol=0)
+
+
+def test_each_picture_gets_the_map_of_its_own_class() -> None:
+    maps = torch.arange(2 * C).reshape(2, C, 1, 1).float()
+    assert of_class(maps, torch.tensor([2, 0])).flatten().tolist() == [2, 3]
+    assert of_class(maps[:0], torch.zeros(0, dtype=torch.long)).shape == (0, 1, 1)
+
+
+@pytest.mark.parametrize("wrong", [-1, C])
+def test_a_class_that_the_head_does_not_have_is_an_error(wrong: int) -> None:
+    with pytest.raises(ValueError, match=rf"class: expected 0 to 2, got \[0, {wrong}\]"):
+        of_class(torch.zeros(2, C, P, P), torch.tensor([0, wrong]))
+
+
+def test_another_number_of_classes_than_pictures_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"class: expected one per picture, \[2\], got \[1\]"):
+        of_class(torch.zeros(2, C, P, P), torch.tensor([0]))
+
+
+@pytest.mark.parametrize("head", [nn.Linear(D + 1, C), nn.Sequential(nn.Linear(D + 1, D), nn.Linear(D, C))])
+def test_a_head_of_another_width_is_an_error_that_says_both(head: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"embeddings of width {D}, got one of width {D + 1}"):
+        transfer(meta(), head, TransferRule(1))
+
+
+def test_a_rule_that_does_not_exist_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"output: expected one of .*, got 'odds'"):
+        TransferRule(1, "odds")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="radius: expected at least 0, got -1"):
+        TransferRule(-1)

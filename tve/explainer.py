@@ -1,0 +1,199 @@
+"""The explainer E: one forward pass from a picture to its predicted meta-attribution, for every window at once.
+
+    ĝ[p, q] = mean(g) + delta_g[p, q]          ĥ[p, q] = G(x) + delta_h[p, q]
+
+Differences are predicted, not embeddings, and the last layers start at zero: the explainer begins at the two trivial
+answers and learns what depends on the place. G(x) costs nothing, since the classifier computes it anyway.
+
+Two forms, one setting: `shared`, a light head on the features of the backbone itself, and `two_networks`, the paper's
+pair of masked-autoencoder networks (arXiv 2312.15359, section 4).
+"""
+
+import copy
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from tve.backbones import Backbone
+from tve.coalitions import Windows
+from tve.meta_attribution import MetaAttribution
+from tve.removal import Removal
+from tve.transfer import Head, TransferRule, of_class, require_head, transfer
+from tve.two_networks import TwoNetworks, TwoNetworksConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainerConfig:
+    """What it takes to build an explainer again, apart from its weights and its backbone."""
+
+    radius: int
+    removal: Removal
+    form: Literal["shared", "two_networks"] = "shared"
+    trunk: Literal["frozen", "trained"] = "frozen"  # shared: whether the backbone's copy is trained
+    num_levels: int = 4  # shared: intermediate maps that are read
+    width: int = 192  # shared: channels of the mixing blocks
+    depth: int = 2  # shared: number of mixing blocks
+    two_networks: TwoNetworksConfig = field(default_factory=TwoNetworksConfig)
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("form", self.form, ("shared", "two_networks")),
+            ("trunk", self.trunk, ("frozen", "trained")),
+        ):
+            if value not in known:
+                raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+
+
+class Explainer(nn.Module):
+    """Predicts meta-attributions for one frozen backbone. `explainer(images)` returns a `MetaAttribution`."""
+
+    mean_kept_D: Tensor
+    empty_D: Tensor
+
+    def __init__(self, backbone: Backbone, config: ExplainerConfig) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.config = config
+        self.family = Windows(backbone.patches_per_side, config.radius)
+        embed_dim = backbone.embed_dim
+        self.register_buffer("mean_kept_D", torch.zeros(embed_dim))
+        self.register_buffer("empty_D", torch.zeros(embed_dim))
+        self.network: SharedTrunk | TwoNetworks
+        if config.form == "shared":
+            self.network = SharedTrunk(backbone, config)
+        else:
+            self.network = TwoNetworks(
+                backbone.image_size, backbone.patches_per_side, embed_dim, config.two_networks
+            )
+
+    def forward(self, images_B3SS: Tensor) -> MetaAttribution:
+        """The predicted meta-attribution of normalised pictures [B, 3, S, S]."""
+        if isinstance(self.network, SharedTrunk):
+            delta_kept, delta_removed, full_BD = self.network(images_B3SS, self.backbone)
+        else:
+            with torch.no_grad():
+                full_BD = self.backbone(images_B3SS).float()
+            delta_kept, delta_removed = self.network(images_B3SS)
+        differences = self.config.form == "shared" or self.config.two_networks.differences
+        kept_BND = delta_kept.float() + (self.mean_kept_D if differences else 0)
+        removed_BND = delta_removed.float() + (full_BD[:, None] if differences else 0)
+        return MetaAttribution(kept_BND, removed_BND, full_BD, self.empty_D)
+
+    @torch.inference_mode()
+    def explain(
+        self, images_B3SS: Tensor, head: Head, target: int | Tensor | None = None, rule: TransferRule | None = None
+    ) -> Tensor:
+        """Heatmaps [B, P, P] of one class, in logits unless the rule says otherwise.
+
+        Args:
+            images_B3SS: normalised pictures; `explainer.backbone.preprocess` makes them.
+            head: embeddings [..., D] to logits [..., C].
+            target: a class, one class per picture [B], or None for the class that the head predicts.
+            rule: how to read the meta-attribution; by default logits with the window mean.
+
+        Raises:
+            ValueError: a class that the head does not have, a head of the wrong width, images of the wrong shape.
+        """
+        require_head(head, self.backbone.embed_dim)
+        meta = self(images_B3SS)
+        maps_BCPP = transfer(meta, head, rule or TransferRule(self.config.radius))
+        if target is None:
+            target = head(meta.full_BD).argmax(-1)
+        if isinstance(target, int):
+            target = torch.full((len(images_B3SS),), target, device=images_B3SS.device)
+        return of_class(maps_BCPP, target)
+
+    @torch.inference_mode()
+    def explain_all(self, images_B3SS: Tensor, head: Head, rule: TransferRule | None = None) -> Tensor:
+        """Heatmaps [B, C, P, P] of every class of a head, from the same forward pass."""
+        return transfer(self(images_B3SS), head, rule or TransferRule(self.config.radius))
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """The state without the frozen backbone: what pre-training made."""
+        return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
+
+    def load_trained_state(self, state: dict[str, Tensor]) -> None:
+        """Loads what `trained_state` returned; a state that does not fit is a ValueError."""
+        missing, unexpected = self.load_state_dict(state, strict=False)
+        missing = [key for key in missing if not key.startswith("backbone.")]
+        if missing or unexpected:
+            raise ValueError(f"explainer state: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+
+class SharedTrunk(nn.Module):
+    """Mixing blocks on the backbone's own intermediate features, its patches' pixels and its embedding."""
+
+    def __init__(self, backbone: Backbone, config: ExplainerConfig) -> None:
+        super().__init__()
+        self.num_levels = config.num_levels
+        # The trained trunk starts from the backbone's weights; a frozen one is the backbone itself.
+        self.trunk = _trainable_copy(backbone) if config.trunk == "trained" else None
+        patches, embed_dim, width = backbone.patches_per_side, backbone.embed_dim, config.width
+        pixels = backbone.image_size // patches
+        self.from_pixels = nn.Conv2d(3, width, pixels, stride=pixels)
+        channels = _level_channels(backbone, config.num_levels)
+        self.level_norms = nn.ModuleList(LayerNorm2d(c) for c in channels)
+        self.from_levels = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
+        self.from_embedding = nn.Linear(embed_dim, width)
+        self.position = nn.Parameter(torch.zeros(1, width, patches, patches))
+        self.blocks = nn.ModuleList(MixingBlock(width, 2 * config.radius + 1) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(width)
+        self.to_kept = _zero_linear(width, embed_dim)
+        self.to_removed = _zero_linear(width, embed_dim)
+
+    def forward(self, images_B3SS: Tensor, backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
+        """(delta_g [B, N, D], delta_h [B, N, D], G(x) [B, D])."""
+        if self.trunk is None:
+            with torch.no_grad():
+                features = backbone.features(images_B3SS, self.num_levels)
+            full_BD = features.embedding_BD
+        else:
+            features = self.trunk.features(images_B3SS, self.num_levels)
+            with torch.no_grad():
+                full_BD = backbone(images_B3SS)
+        mixed = self.from_pixels(images_B3SS) + self.position + self.from_embedding(full_BD)[..., None, None]
+        for level, norm, project in zip(features.levels, self.level_norms, self.from_levels, strict=True):
+            mixed = mixed + project(norm(level))
+        for block in self.blocks:
+            mixed = block(mixed)
+        mixed_BNW = self.norm(mixed.flatten(2).transpose(1, 2))
+        return self.to_kept(mixed_BNW), self.to_removed(mixed_BNW), full_BD.float()
+
+
+class MixingBlock(nn.Module):
+    """Mixes patches over one window by a convolution, then features by an MLP; both residual."""
+
+    def __init__(self, width: int, window: int) -> None:
+        super().__init__()
+        self.patch_norm = nn.LayerNorm(width)
+        self.patch_mix = nn.Conv2d(width, width, window, padding=window // 2)
+        self.feature_norm = nn.LayerNorm(width)
+        self.feature_mix = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
+
+    def forward(self, x_BWPP: Tensor) -> Tensor:
+        x = x_BWPP.permute(0, 2, 3, 1)
+        x = x + self.patch_mix(self.patch_norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.feature_mix(self.feature_norm(x))
+        return x.permute(0, 3, 1, 2)
+
+
+def _trainable_copy(backbone: Backbone) -> Backbone:
+    trunk = copy.deepcopy(backbone)
+    for parameter in trunk.parameters():
+        parameter.requires_grad_(True)
+    return trunk
+
+
+def _level_channels(backbone: Backbone, num_levels: int) -> list[int]:
+    info = backbone.model.feature_info
+    return [int(info[index]["num_chs"]) for index in backbone.level_indices(num_levels)]  # type: ignore[index]
+
+
+def _zero_linear(width: int, embed_dim: int) -> nn.Linear:
+    linear = nn.Linear(width, embed_dim)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

@@ -1,0 +1,122 @@
+"""The export: a folder that holds an explainer whole, its backbone included, and says what it is.
+
+    explainer.safetensors   what pre-training made
+    config.json             the explainer's configuration and digests
+    backbone/               the frozen backbone (model.safetensors, backbone.json)
+    README.md               the model card
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+
+from tve.backbones import Backbone, open_backbone, save_backbone, state_digest
+from tve.explainer import Explainer, ExplainerConfig
+from tve.two_networks import TwoNetworksConfig
+
+STATE_FILE = "explainer.safetensors"
+CONFIG_FILE = "config.json"
+CARD_FILE = "README.md"
+FORMAT = 1
+
+
+def save_explainer(explainer: Explainer, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+    """Writes the export; the same explainer gives the same bytes.
+
+    Args:
+        explainer: trained.
+        folder: made if absent.
+        facts: what else the model card should state, such as R² and the pictures; JSON values.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: tensor.detach().cpu().contiguous() for key, tensor in explainer.trained_state().items()}
+    save_file(state, folder / STATE_FILE)
+    document = {
+        "format": FORMAT,
+        "explainer": asdict(explainer.config),
+        "explainer_sha256": state_digest(state),
+        "backbone_sha256": explainer.backbone.weights_sha256,
+        "facts": dict(facts or {}),
+    }
+    (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    save_backbone(explainer.backbone, folder / "backbone")
+    (folder / CARD_FILE).write_text(model_card(explainer, document))
+
+
+def load_explainer(folder: str | Path, backbone: Backbone | None = None) -> Explainer:
+    """The explainer of an export, ready to explain.
+
+    Args:
+        folder: what `save_explainer` wrote.
+        backbone: a backbone that is at hand already; by default the export's own.
+
+    Raises:
+        FileNotFoundError: no export there.
+        ValueError: another format, a backbone with other weights, or altered files.
+    """
+    folder = Path(folder)
+    if not (folder / CONFIG_FILE).is_file():
+        raise FileNotFoundError(f"expected an exported explainer with {CONFIG_FILE}, got {folder}")
+    document = json.loads((folder / CONFIG_FILE).read_text())
+    if document["format"] != FORMAT:
+        raise ValueError(f"{folder}: expected export format {FORMAT}, got {document['format']}")
+    backbone = backbone or open_backbone(folder / "backbone")
+    if backbone.weights_sha256 != document["backbone_sha256"]:
+        raise ValueError(
+            f"{folder}: expected the backbone {document['backbone_sha256']}, got {backbone.weights_sha256}; an "
+            "explainer serves the backbone that it was pre-trained for"
+        )
+    settings = dict(document["explainer"])
+    settings["two_networks"] = TwoNetworksConfig(**settings["two_networks"])
+    explainer = Explainer(backbone, ExplainerConfig(**settings))
+    state = load_file(folder / STATE_FILE)
+    if (actual := state_digest(state)) != document["explainer_sha256"]:
+        raise ValueError(f"{folder / STATE_FILE}: expected {document['explainer_sha256']}, got {actual}")
+    explainer.load_trained_state(state)
+    return explainer.eval()
+
+
+def model_card(explainer: Explainer, document: Mapping[str, Any]) -> str:
+    """The model card, Markdown, made from the configuration alone."""
+    config, backbone = explainer.config, explainer.backbone.config
+    facts = document["facts"]
+    rows = "\n".join(f"| {key.replace('_', ' ')} | {_shown(value)} |" for key, value in sorted(facts.items()))
+    return f"""# TVE explainer for {backbone.name}
+
+Predicts, for every {backbone.patches_per_side} x {backbone.patches_per_side} patch of a picture, the embedding if only
+the window of radius {config.radius} around it were kept and if it were taken away, in one forward pass. Any head on
+the embedding of this backbone can be read over it: nothing is trained for a task.
+
+| what | value |
+|---|---|
+| backbone | {backbone.name} ({backbone.architecture}), {backbone.preprocessing.image_size} px |
+| backbone weights, sha256 | {document["backbone_sha256"]} |
+| explainer weights, sha256 | {document["explainer_sha256"]} |
+| removal operator | {config.removal} |
+| form | {config.form}{f", trunk {config.trunk}" if config.form == "shared" else ""} |
+{rows}
+
+```python
+from PIL import Image
+import tve
+
+explainer = tve.load_explainer("{_folder_hint(backbone.name)}")
+image = explainer.backbone.preprocess(Image.open("picture.jpg"))[None]
+heatmap = explainer.explain(image, head)  # head: embeddings [..., {explainer.backbone.embed_dim}] to logits
+```
+
+Limits: attributions are relative to the removal operator named above and to this backbone's weights; R² says how much
+of the exact windows the explainer has learned on held-out pictures. No label was read in pre-training.
+"""
+
+
+def _folder_hint(name: str) -> str:
+    return f"path/to/{name}"
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

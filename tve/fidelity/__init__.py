@@ -1,0 +1,1 @@
+"""How faithful a map is to the model: fidelity under removal, controls, intervals."""

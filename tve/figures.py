@@ -1,0 +1,315 @@
+"""Figures: heatmaps over pictures, fidelity curves, a training curve; one style, safe for colour-blind readers.
+
+An overlay never hides its picture: the picture turns grey, and colour covers a patch in proportion to |phi| alone.
+Red speaks for the class, blue against it, and a patch of attribution 0 stays as it was. matplotlib is imported when a
+figure is drawn, so that `overlay` works without it.
+"""
+
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FOR_RGB = (203, 24, 29)
+AGAINST_RGB = (33, 102, 172)
+MAX_OPACITY = 0.72
+
+
+@dataclass(frozen=True, slots=True)
+class LineStyle:
+    """How a method looks in every figure and legend."""
+
+    label: str
+    colour: str
+    dash: tuple[float, ...] = ()  # on, off, … in widths of the line; solid where empty
+    width: float = 1.3
+
+    @property
+    def scaled_dash(self) -> tuple[float, ...]:
+        """The dash as a plot draws it: in multiples of the line's width."""
+        return tuple(round(length * self.width, 2) for length in self.dash)
+
+
+# Okabe and Ito's palette for what is compared; greys, told apart by their dashes, for the controls. The exact windows
+# are the ink of the page, which a dark page inverts.
+INK = "#1a1c20"
+METHOD_STYLES: dict[str, LineStyle] = {
+    "tve": LineStyle("TVE", "#0072B2", width=2.4),
+    "tve_u": LineStyle("TVE, no window mean", "#56B4E9", (4, 1.5)),
+    "tve_hg": LineStyle("TVE-Hg", "#CC79A7", width=1.7),
+    "exact_windows": LineStyle("Exact windows", INK, (5, 1.8), 1.7),
+    "exact_windows_u": LineStyle("Exact, no window mean", "#5b6168", (2, 1.5)),
+    "random": LineStyle("Random", "#8c9199"),
+    "random_blurred": LineStyle("Random, blurred", "#8c9199", (1, 1.4), 1.6),
+    "centre": LineStyle("Centre", "#E69F00", (6, 1.5, 1, 1.5)),
+}
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 8.5,
+    "axes.titlesize": 9,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.linewidth": 0.7,
+    "axes.grid": True,
+    "grid.color": "#8c9199",
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.6,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "tve",
+}
+
+
+@contextmanager
+def _styled() -> Iterator[None]:
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        yield
+
+
+def style_of(method: str) -> LineStyle:
+    """The look of a method; a method that is not known gets its own name and a plain green line."""
+    return METHOD_STYLES.get(method, LineStyle(method, "#009E73"))
+
+
+def overlay(
+    picture: NDArray[np.uint8], phi_PP: NDArray[np.float32], limit: float | None = None, size: int = 256
+) -> NDArray[np.uint8]:
+    """A heatmap over its picture, uint8 [size, size, 3]; patch (p, q) is row p, column q.
+
+    Args:
+        picture: uint8 [S, S, 3].
+        phi_PP: attributions in any unit; the scale is diverging and centred at zero.
+        limit: the |phi| that takes full colour; the map's own largest where None.
+        size: pixels of a side, enlarged to a multiple of P.
+
+    Raises:
+        ValueError: wrong shapes, or attributions that are not finite.
+    """
+    _require_map(picture, phi_PP)
+    patches = phi_PP.shape[0]
+    size = patches * -(-size // patches)
+    grey = np.asarray(Image.fromarray(picture).convert("L").resize((size, size), Image.Resampling.BICUBIC))
+    # Lifted to the upper half of the scale: colour of one opacity then looks alike on dark and on light parts.
+    canvas = np.repeat((70 + grey * np.float32(185 / 255))[..., None], 3, axis=2)
+
+    largest = float(np.abs(phi_PP).max()) if limit is None else limit
+    strength_PP = np.clip(phi_PP / largest, -1, 1) if largest > 0 else np.zeros_like(phi_PP)
+    strength = strength_PP.repeat(size // patches, axis=0).repeat(size // patches, axis=1)[..., None]
+    colour = np.where(strength > 0, np.float32(FOR_RGB), np.float32(AGAINST_RGB))
+    opacity = MAX_OPACITY * np.abs(strength)
+    return np.asarray(np.rint(canvas + opacity * (colour - canvas)).clip(0, 255), dtype=np.uint8)
+
+
+def enlarged(picture: NDArray[np.uint8], size: int = 256) -> NDArray[np.uint8]:
+    """The picture in colour at an overlay's size, uint8 [size, size, 3]."""
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One picture of a grid and what is written about it."""
+
+    image: NDArray[np.uint8]  # [height, width, 3]
+    caption: str = ""  # below it
+
+
+@_styled()
+def picture_grid(
+    rows: Sequence[Sequence[Panel | None]], column_titles: Sequence[str], row_titles: Sequence[str]
+) -> "Figure":
+    """Pictures in rows and columns with titles on top and at the left; None leaves a cell empty."""
+    num_rows, num_columns = len(rows), len(column_titles)
+    cell, left, top = 1.15, 1.15, 0.45
+    figure = _figure(left + num_columns * cell, top + num_rows * cell * 1.13 + 0.3)
+    width, height = figure.get_size_inches()
+    for row_index, row in enumerate(rows):
+        bottom = height - top - (row_index + 1) * cell * 1.13 + 0.13
+        for column_index, panel in enumerate(row):
+            x = left + column_index * cell
+            if row_index == 0:
+                figure.text(
+                    (x + cell * 0.48) / width, (height - 0.34) / height, column_titles[column_index], ha="center", weight="bold"
+                )
+            if panel is None:
+                continue
+            axes = figure.add_axes((x / width, bottom / height, cell * 0.96 / width, cell * 0.96 / height))
+            axes.imshow(panel.image, interpolation="nearest")
+            axes.set_axis_off()
+            if panel.caption:
+                axes.text(0.5, -0.03, panel.caption, transform=axes.transAxes, ha="center", va="top", fontsize=6.5)
+        figure.text(
+            (left - 0.08) / width, (bottom + cell * 0.48) / height, row_titles[row_index], ha="right", va="center"
+        )
+    _colour_scale(figure, (left / width, 0.12 / height, min(2.4, width - left - 0.2) / width, 0.09 / height))
+    return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """Fidelity over the fraction of patches, one line per method."""
+
+    title: str
+    direction: str  # what to wish for: "higher is better"
+    fractions: Sequence[float]
+    values_of_method: Mapping[str, Sequence[float]]
+
+
+@_styled()
+def fidelity_curves(panels: Sequence[Curves], num_columns: int, legend: bool = True) -> "Figure":
+    """Panels of curves in rows of `num_columns`, with one legend below them."""
+    num_rows = -(-len(panels) // num_columns)
+    height = 2.15 * num_rows + (0.75 if legend else 0.0)
+    figure = _figure(3.1 * num_columns, height)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    for index, axes in enumerate(grid.flat):
+        if index < len(panels):
+            _draw_curves(axes, panels[index])
+        else:
+            axes.set_axis_off()
+    if legend:
+        handles: dict[str, Any] = {}
+        for axes in grid.flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(
+            handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 1 + num_columns), handlelength=3
+        )
+    figure.tight_layout(rect=(0, 0.7 / height if legend else 0, 1, 1))
+    return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """R² within a picture during pre-training, for "kept" (ĝ) and "removed" (ĥ)."""
+
+    title: str
+    step: Sequence[float]  # of each evaluation
+    r2: Mapping[str, Sequence[float]]
+    trivial: Mapping[str, float | None]  # R² of the answers that know nothing of the place
+
+
+@_styled()
+def training_curves(panels: Sequence[Training]) -> "Figure":
+    """One panel for each pre-training, side by side."""
+    figure = _figure(4.4 * len(panels), 2.7)
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+        _draw_training(axes, panel)
+    figure.tight_layout()
+    return figure
+
+
+@_styled()
+def note(text: str) -> "Figure":
+    """A figure that says why there is none."""
+    figure = _figure(4.6, 1.2)
+    figure.text(0.5, 0.5, text, ha="center", va="center")
+    return figure
+
+
+@_styled()
+def save_png(figure: "Figure", path: Path, dots_per_inch: int = 160) -> None:
+    """Writes a figure on white; the same figure gives the same bytes."""
+    figure.savefig(path, dpi=dots_per_inch, facecolor="white", metadata={"Software": None})
+
+
+@_styled()
+def inline_svg(figure: "Figure", label: str) -> str:
+    """A figure as an `<svg>` element for a page: its ink is the page's text colour, its ids carry no link.
+
+    Args:
+        figure: drawn in this module's style.
+        label: what it shows, for readers who do not see it.
+    """
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
+    text = text.replace("font: ", "font:").replace("'DejaVu Sans'", "inherit")
+    return text.replace(INK, "currentColor").strip()
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height))
+
+
+def _draw_curves(axes: "Axes", panel: Curves) -> None:
+    for method, values in panel.values_of_method.items():
+        look = style_of(method)
+        (line,) = axes.plot(panel.fractions, values, color=look.colour, linewidth=look.width, label=look.label)
+        if look.dash:
+            line.set_dashes(look.dash)
+        line.set_zorder(3 if method == "tve" else 2)
+    axes.set_title(panel.title)
+    axes.set_xlabel(f"fraction of patches ({panel.direction})")
+    axes.set_xlim(min(panel.fractions), max(panel.fractions))
+    axes.set_xticks([tick for tick in (0.1, 0.3, 0.5, 0.7, 0.9) if tick in [round(f, 6) for f in panel.fractions]])
+
+
+def _draw_training(axes: "Axes", panel: Training) -> None:
+    lowest = 0.0
+    for name, colour, symbol in (("kept", "#0072B2", "ĝ"), ("removed", "#D55E00", "ĥ")):
+        values, trivial = panel.r2[name], panel.trivial.get(name)
+        axes.plot(panel.step, values, color=colour, linewidth=2, marker="o", markersize=3, label=symbol)
+        if trivial is not None:
+            axes.axhline(trivial, color=colour, linewidth=1.4, linestyle=(0, (1, 1.6)), label=f"trivial {symbol}")
+        lowest = min([lowest, *values, *([] if trivial is None else [trivial])])
+    # An untrained explainer can lie far below zero; what is learned is above.
+    axes.set_ylim(max(lowest, -0.6) - 0.05, 1)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("R² within a picture")
+    axes.set_title(panel.title)
+    axes.legend(loc="upper left", ncols=2, handlelength=2.2)
+
+
+def _colour_scale(figure: "Figure", box: tuple[float, float, float, float]) -> None:
+    """The key of the overlays: blue against the class, nothing at zero, red for it."""
+    white = np.full((8, 8, 3), 160, dtype=np.uint8)
+    ramp = np.concatenate(
+        [overlay(white, np.full((1, 1), value, dtype=np.float32), 1.0, 1) for value in np.linspace(-1, 1, 201)], axis=1
+    )
+    axes = figure.add_axes(box)
+    axes.imshow(ramp, aspect="auto")
+    axes.set_xticks([0, 100, 200], ["against", "0", "for the class"])
+    axes.set_yticks([])
+    axes.xaxis.set_ticks_position("top")
+    axes.tick_params(length=0, pad=1, labelsize=6.5)
+    axes.grid(visible=False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def _require_map(picture: NDArray[np.uint8], phi_PP: NDArray[np.float32]) -> None:
+    shape = picture.shape
+    if picture.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
+        raise ValueError(f"picture: expected uint8 [S, S, 3], got {picture.dtype} {list(shape)}")
+    if phi_PP.ndim != 2 or phi_PP.shape[0] != phi_PP.shape[1]:
+        raise ValueError(f"heatmap: expected [P, P], got {list(phi_PP.shape)}")
+    if not np.isfinite(phi_PP).all():
+        raise ValueError(f"heatmap: expected finite attributions, got {int((~np.isfinite(phi_PP)).sum())} that are not")
