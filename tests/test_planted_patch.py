@@ -1,9 +1,11 @@
 """Pictures whose only informative patch is known: where maps must peak, for every place of it.
 
-With r = 0 the peak is unique. With r >= 1 and the window mean the patch is among the maxima, and the only one where
-each of its coordinates is at a border or more than r away from both. A transposition anywhere fails for every patch
-off the diagonal.
+With r = 0 the peak is unique. With r >= 1 and the window mean the patch is among the maxima, and the
+only one where each of its coordinates is at a border or more than r away from both. A transposition
+anywhere fails for every patch off the diagonal.
 """
+
+from functools import cache
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ RULES = [(radius, output) for radius in (0, 1, 2) for output in ("logit", "proba
 
 
 class BrightestPixel(nn.Module):
-    """The highest value of each colour, wherever it is: a planted patch is all that its embedding depends on."""
+    """The highest value of each colour, wherever it is: the embedding depends on a planted patch alone."""
 
     num_features = NUM_CHANNELS
 
@@ -48,7 +50,7 @@ def brightest_pixel() -> Backbone:
 
 
 def coloured_patch_finder() -> Backbone:
-    """A timm transformer with crafted weights: its class token attends to coloured patches and copies their colour.
+    """A timm transformer with crafted weights: its class token looks for colours and copies them.
 
     Channels 0-2 of a token are its patch's colour; the class token collects colours in channels 4-6.
     """
@@ -106,12 +108,14 @@ def in_window(centre: tuple[int, int], place: tuple[int, int], radius: int) -> b
     return max(abs(centre[0] - place[0]), abs(centre[1] - place[1])) <= radius
 
 
-def hand_made_meta(place: tuple[int, int], radius: int) -> MetaAttribution:
-    """The meta-attribution of a picture that is red at one place, written down window by window."""
+@cache
+def hand_made_meta(radius: int) -> MetaAttribution:
+    """The meta-attributions of `one_per_place`, written down place by place and window by window."""
+    inside = torch.tensor([[in_window(centre, place, radius) for centre in PLACES] for place in PLACES])
     red, nothing = torch.tensor([1.0, 0, 0]), torch.zeros(3)
-    kept = torch.stack([red if in_window(centre, place, radius) else nothing for centre in PLACES])
-    removed = torch.stack([nothing if in_window(centre, place, radius) else red for centre in PLACES])
-    return MetaAttribution(kept[None], removed[None], red[None], nothing)
+    kept = torch.where(inside[..., None], red, nothing)
+    removed = torch.where(inside[..., None], nothing, red)
+    return MetaAttribution(kept, removed, red.expand(len(PLACES), -1), nothing)
 
 
 def assert_peak(map_PP: Tensor, place: tuple[int, int], radius: int) -> None:
@@ -141,9 +145,9 @@ def test_exact_windows_peak_at_the_planted_patch_wherever_it_is(
 @pytest.mark.parametrize(("radius", "output"), RULES)
 def test_the_transfer_rule_peaks_at_the_planted_patch_wherever_it_is(radius: int, output: Output) -> None:
     head = head_of_colours(brightest_pixel())
-    for place in PLACES:
-        maps = transfer(hand_made_meta(place, radius), head, TransferRule(radius, output))
-        assert_peak(maps[0, 0], place, radius)
+    maps = transfer(hand_made_meta(radius), head, TransferRule(radius, output))[:, 0]
+    for place, map_PP in zip(PLACES, maps, strict=True):
+        assert_peak(map_PP, place, radius)
 
 
 @pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
@@ -151,24 +155,22 @@ def test_the_transfer_rule_peaks_at_the_planted_patch_wherever_it_is(radius: int
 def test_each_bracket_alone_peaks_at_the_planted_patch(radius: int, weights: tuple[float, float]) -> None:
     head = head_of_colours(brightest_pixel())
     rule = TransferRule(radius, weight_kept=weights[0], weight_removed=weights[1])
-    for place in PLACES:
-        assert_peak(transfer(hand_made_meta(place, radius), head, rule)[0, 0], place, radius)
+    for place, map_PP in zip(PLACES, transfer(hand_made_meta(radius), head, rule)[:, 0], strict=True):
+        assert_peak(map_PP, place, radius)
 
 
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_exact_windows_are_the_meta_attribution_written_down_by_hand(radius: int) -> None:
     evaluator = CoalitionEvaluator(brightest_pixel(), "zero")
     meta = exact_windows(evaluator, one_per_place(), Windows(PATCHES_PER_SIDE, radius))
-    for index, place in enumerate(PLACES):
-        expected = hand_made_meta(place, radius)
-        torch.testing.assert_close(meta.kept_BND[index], expected.kept_BND[0])
-        torch.testing.assert_close(meta.removed_BND[index], expected.removed_BND[0])
+    torch.testing.assert_close(meta.kept_BND, hand_made_meta(radius).kept_BND)
+    torch.testing.assert_close(meta.removed_BND, hand_made_meta(radius).removed_BND)
 
 
 def test_without_the_window_mean_u_is_highest_exactly_on_the_windows_that_hold_the_patch() -> None:
     head, radius = head_of_colours(brightest_pixel()), 1
-    for place in PLACES:
-        map_PP = transfer(hand_made_meta(place, radius), head, TransferRule(radius, window_mean=False))[0, 0]
+    maps = transfer(hand_made_meta(radius), head, TransferRule(radius, window_mean=False))[:, 0]
+    for place, map_PP in zip(PLACES, maps, strict=True):
         highest = {PLACES[n] for n in (map_PP == map_PP.max()).flatten().nonzero()[:, 0].tolist()}
         assert highest == {centre for centre in PLACES if in_window(centre, place, radius)}
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tve.two_networks import PatchTransformer, TwoNetworks, TwoNetworksConfig
+from tve.two_networks import MixingLayer, PatchTransformer, TwoNetworks, TwoNetworksConfig
 
 SMALL = TwoNetworksConfig(embed_dim=16, encoder_depth=1, decoder_depth=1, num_heads=2, mixing_layers=3)
 
@@ -65,6 +65,19 @@ def test_seventeen_mixing_layers_learn_which_patch_is_bright() -> None:
         loss.backward()
         optimizer.step()
     assert float(loss.detach()) < 0.2 * 2 * float(brightness_BN1.square().mean())
+
+
+@pytest.mark.parametrize("over_patches", [False, True])
+def test_a_mixing_layer_adds_its_definition_to_what_it_reads(over_patches: bool) -> None:
+    torch.manual_seed(0)
+    layer = MixingLayer(6, 4 if over_patches else 6, over_patches)
+    x_BNW = torch.randn(2, 4, 6)
+    active = nn.functional.gelu(nn.functional.layer_norm(x_BNW, (6,), eps=1e-6))
+    if over_patches:
+        mixed = torch.einsum("mn,bnw->bmw", layer.mix.weight, active) + layer.mix.bias[:, None]
+    else:
+        mixed = torch.einsum("vw,bnw->bnv", layer.mix.weight, active) + layer.mix.bias
+    torch.testing.assert_close(layer(x_BNW), x_BNW + mixed)
 
 
 def test_every_parameter_is_reached_by_the_loss_once_the_last_layers_are_not_zero() -> None:

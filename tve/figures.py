@@ -151,7 +151,11 @@ def picture_grid(
             x = left + column_index * cell
             if row_index == 0:
                 figure.text(
-                    (x + cell * 0.48) / width, (height - 0.34) / height, column_titles[column_index], ha="center", weight="bold"
+                    (x + cell * 0.48) / width,
+                    (height - 0.34) / height,
+                    column_titles[column_index],
+                    ha="center",
+                    weight="bold",
                 )
             if panel is None:
                 continue
@@ -195,7 +199,11 @@ def fidelity_curves(panels: Sequence[Curves], num_columns: int, legend: bool = T
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
         figure.legend(
-            handles.values(), handles.keys(), loc="lower center", ncols=min(len(handles), 1 + num_columns), handlelength=3
+            handles.values(),
+            handles.keys(),
+            loc="lower center",
+            ncols=min(len(handles), 1 + num_columns),
+            handlelength=3,
         )
     figure.tight_layout(rect=(0, 0.7 / height if legend else 0, 1, 1))
     return figure
@@ -244,11 +252,15 @@ def inline_svg(figure: "Figure", label: str) -> str:
         label: what it shows, for readers who do not see it.
     """
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    figure.savefig(
+        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+    )
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1)
+    text = re.sub(
+        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
+    )
     text = text.replace("font: ", "font:").replace("'DejaVu Sans'", "inherit")
     return text.replace(INK, "currentColor").strip()
 

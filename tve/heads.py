@@ -1,6 +1,6 @@
-"""Heads: what a task reads from a backbone's pooled, pre-logits embedding. A linear head is fitted or given as a file.
+"""Heads: how a task reads a backbone's pooled, pre-logits embedding. Linear ones are fitted, or given as files.
 
-A file of a head is safetensors with `weight` [C, D] and, optionally, `bias` [C].
+A head's file is safetensors with `weight` [C, D] and, optionally, `bias` [C].
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tve.evaluator import CoalitionEvaluator
+from tve.backbones import Backbone
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 
@@ -22,7 +22,7 @@ from tve.shards import Shards
 class EmbeddedPictures:
     """The pictures of a split as a head sees them, in the order of the shards."""
 
-    embeddings_MD: Tensor  # float32, on the CPU
+    embeddings: Tensor  # [M, D], float32, on the CPU
     labels: Mapping[str, Tensor]  # task -> int64 [M], indices of classes; empty for pictures without labels
     keys: tuple[str, ...]
 
@@ -38,22 +38,23 @@ class EmbeddedPictures:
         return self.labels[task]
 
 
+@torch.inference_mode()
 def embed_pictures(
-    evaluator: CoalitionEvaluator, shards: Shards, split: str, *, batch_size: int = 64, limit: int | None = None
+    backbone: Backbone, shards: Shards, split: str, *, batch_size: int = 64, limit: int | None = None
 ) -> EmbeddedPictures:
     """Embeddings and labels of the pictures of a split.
 
     Args:
-        evaluator: the backbone, and the precision and memory of its passes.
+        backbone: the frozen encoder G.
         shards: where the pictures are.
         split: which of them.
-        batch_size: pictures that are decoded at a time.
+        batch_size: pictures in a pass.
         limit: only the first so many, all if None.
 
     Raises:
         ValueError: unknown split.
     """
-    device = next(evaluator.backbone.parameters()).device
+    device = next(backbone.parameters()).device
     num_pictures = shards.num_samples(split)
     rows: list[Tensor] = []
     keys: list[str] = []
@@ -64,8 +65,8 @@ def embed_pictures(
         unit="picture",
         mininterval=2.0,
     ) as progress:
-        for samples, images in ordered_batches(shards, split, evaluator.backbone, batch_size=batch_size, limit=limit):
-            rows.append(evaluator.full(images.to(device)).cpu())
+        for samples, images in ordered_batches(shards, split, backbone, batch_size=batch_size, limit=limit):
+            rows.append(backbone(images.to(device)).cpu())
             keys += [sample.key for sample in samples]
             for sample in samples:
                 for task, label in (sample.labels or {}).items():
@@ -84,7 +85,7 @@ def fit_linear_head(
     regularization: float = 1.0,
     max_iter: int = 1000,
 ) -> nn.Linear:
-    """Multinomial logistic regression on standardised embeddings, as a linear layer on embeddings as they are.
+    """Multinomial logistic regression on standardised embeddings, as a layer on embeddings as they are.
 
     Args:
         embeddings_MD: pooled, pre-logits embeddings.
@@ -94,8 +95,8 @@ def fit_linear_head(
         max_iter: iterations of L-BFGS at most.
 
     Raises:
-        ValueError: shapes that do not fit, embeddings that are not finite, a label out of range, a class without a
-            picture.
+        ValueError: shapes that do not fit, embeddings that are not finite, a label out of range, a class
+            without a picture.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -151,8 +152,8 @@ def load_head(path: str | Path, embed_dim: int | None = None) -> nn.Linear:
         raise ValueError(f"{path}: expected a bias for each of {len(weight)} classes, got {shapes}")
     if embed_dim is not None and weight.shape[1] != embed_dim:
         raise ValueError(
-            f"{path}: expected a head on embeddings of width {embed_dim}, got one of width {weight.shape[1]}; heads "
-            "read the backbone's pooled, pre-logits embedding"
+            f"{path}: expected a head on embeddings of width {embed_dim}, got one of width {weight.shape[1]}; "
+            "heads read the backbone's pooled, pre-logits embedding"
         )
     return _linear(weight, bias)
 
@@ -164,19 +165,26 @@ def _linear(weight_CD: Tensor, bias_C: Tensor) -> nn.Linear:
     return head
 
 
-def _require_trainable(embeddings_MD: Tensor, labels_M: Tensor, num_classes: int, regularization: float) -> None:
+def _require_trainable(
+    embeddings_MD: Tensor, labels_M: Tensor, num_classes: int, regularization: float
+) -> None:
     if embeddings_MD.ndim != 2 or labels_M.shape != embeddings_MD.shape[:1]:
         raise ValueError(
-            f"embeddings and labels: expected [M, D] and [M], got {list(embeddings_MD.shape)} and {list(labels_M.shape)}"
+            "embeddings and labels: expected [M, D] and [M], "
+            f"got {list(embeddings_MD.shape)} and {list(labels_M.shape)}"
         )
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     if not regularization > 0:
         raise ValueError(f"regularization: expected a positive number, got {regularization}")
     if not bool(embeddings_MD.isfinite().all()):
-        raise ValueError("embeddings: expected finite numbers, got NaN or infinity; look at the backbone's weights")
+        raise ValueError(
+            "embeddings: expected finite numbers, got NaN or infinity; look at the backbone's weights"
+        )
     present = set(labels_M.tolist())
     if outside := sorted(present - set(range(num_classes))):
         raise ValueError(f"labels: expected 0 to {num_classes - 1}, got {outside}")
     if missing := sorted(set(range(num_classes)) - present):
-        raise ValueError(f"labels: expected a picture of every class, got none of {missing}; use more pictures")
+        raise ValueError(
+            f"labels: expected a picture of every class, got none of {missing}; use more pictures"
+        )

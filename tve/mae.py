@@ -84,9 +84,7 @@ def normalised_pixels(images_B3SS: Tensor, patches_per_side: int) -> Tensor:
     return (patches - mean) / (variance + 1e-6).sqrt()
 
 
-def random_present(
-    batch_size: int, num_patches: int, mask_ratio: float, generator: torch.Generator
-) -> Tensor:
+def random_present(batch_size: int, num_patches: int, mask_ratio: float, generator: torch.Generator) -> Tensor:
     """Random masks, bool [B, N], True = present: round((1 - mask_ratio) N) patches each, from 1 to N - 1.
 
     Raises:
@@ -212,8 +210,7 @@ def initialise_from_file(
 def _require_present(present_BN: Tensor, batch_size: int, num_patches: int) -> int:
     if present_BN.dtype != torch.bool or tuple(present_BN.shape) != (batch_size, num_patches):
         raise ValueError(
-            f"present: expected bool [{batch_size}, {num_patches}], "
-            f"got {present_BN.dtype} {list(present_BN.shape)}"
+            f"present: expected bool [{batch_size}, {num_patches}], got {present_BN.dtype} {list(present_BN.shape)}"
         )
     counts = sorted(set(present_BN.sum(1).tolist()))
     if len(counts) > 1:
@@ -266,9 +263,7 @@ def _require_fit(network: PatchTransformer, state: Mapping[str, Tensor], source:
     if own == given:
         return
     differing = [
-        f"{name} {given[name]} instead of {own[name]}"
-        for name in own
-        if own[name] != given.get(name, own[name])
+        f"{name} {given[name]} instead of {own[name]}" for name in own if own[name] != given.get(name, own[name])
     ]
     missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     raise ValueError(

@@ -8,9 +8,7 @@ explainer. What it writes never changes, so that a passed check makes no other s
 """
 
 import sys
-import tarfile
-import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,9 +18,10 @@ from pydantic import BaseModel
 
 from tve.backbones import Backbone, load_backbone
 from tve.evaluator import require_droppable
+from tve.sources import open_source
+from tve_pipeline import heads
 from tve_pipeline.backbone import BackboneStageParams
 from tve_pipeline.evaluate import EvaluateParams
-from tve_pipeline.heads import HeadsParams
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
     BackboneParams,
@@ -40,9 +39,7 @@ from tve_pipeline.params import (
 from tve_pipeline.pretrain import HELD_OUT_SPLIT, TRAIN_SPLIT, PretrainParams, build_explainer
 from tve_pipeline.report import ReportParams
 from tve_pipeline.scenes import SPLIT_IDS, TASKS
-
-HEADS_SPLIT = "train"
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+from tve_pipeline.shards import plan_pictures
 
 
 class ExportParams(Section):
@@ -54,7 +51,7 @@ STAGE_SECTIONS: dict[str, type[BaseModel]] = {
     "backbone": BackboneStageParams,
     "pretrain": PretrainParams,
     "export": ExportParams,
-    "heads": HeadsParams,
+    "heads": heads.HeadsParams,
     "evaluate": EvaluateParams,
     "report": ReportParams,
 }
@@ -128,55 +125,49 @@ def check_run(profile: Profile) -> None:
         if isinstance(dataset, ScenesDataset):
             _require_known(f"datasets.{name}.splits", dataset.split_names(), SPLIT_IDS)
 
-    if tasks := datasets[run.pretrain_dataset].task_names():
+    if tasks := task_names(datasets[run.pretrain_dataset]):
         raise ValueError(
             f"run.pretrain_dataset: expected pictures without labels, got {run.pretrain_dataset!r} with "
             f"tasks {', '.join(tasks)}; set its `labelled` to false or its `tasks` to null"
         )
     _require_splits(run.pretrain_dataset, datasets, (TRAIN_SPLIT, HELD_OUT_SPLIT))
     for name in run.task_datasets:
-        if not datasets[name].task_names():
-            raise ValueError(
-                f"run.task_datasets: expected labelled pictures, got {name!r}, which has no task"
-            )
-        _require_splits(name, datasets, (HEADS_SPLIT, profile.evaluate.split))
+        if not task_names(datasets[name]):
+            raise ValueError(f"run.task_datasets: expected labelled pictures, got {name!r}, which has no task")
+        _require_splits(name, datasets, (heads.TRAIN_SPLIT, heads.TEST_SPLIT, profile.evaluate.split))
 
     passed = f"results/{profile.name}/check/params.json"
     reads = {passed}
     if any(profile.backbones[name].weights == "train" for name in run.backbones):
         training = profile.backbone.train
         if training is None:
-            raise ValueError(
-                "backbone.train: expected values, since a backbone has `weights: train`; got null"
-            )
+            raise ValueError("backbone.train: expected values, since a backbone has `weights: train`; got null")
         _require_known("backbone.train.dataset", [training.dataset], run.datasets)
-        _require_known("backbone.train.task", [training.task], datasets[training.dataset].task_names())
+        _require_known("backbone.train.task", [training.task], task_names(datasets[training.dataset]))
         reads = {f"data/{profile.name}/shards/{training.dataset}"}
     if run.backbone_reads not in reads:
         raise ValueError(f"run.backbone_reads: expected {reads.pop()}, got {run.backbone_reads}")
 
 
+def task_names(dataset: Dataset) -> tuple[str, ...]:
+    """The tasks that a dataset's pictures have labels for."""
+    if isinstance(dataset, ScenesDataset):
+        return tuple(TASKS) if dataset.labelled else ()
+    return tuple(dataset.tasks or ())
+
+
 def check_source(name: str, dataset: Dataset) -> None:
-    """The source of a dataset is there and holds pictures.
+    """The source of a dataset is there, is what was pinned, and holds the splits and labels asked for.
 
     Raises:
         ValueError: it is not, or does not.
     """
-    if not isinstance(dataset, PicturesDataset):
-        return
-    where, path = f"datasets.{name}.source", dataset.path
-    if not path.exists():
-        raise ValueError(
-            f"{where}: expected a folder, zip or tar, got {path}, which is not there; is TVE_DATA set?"
-        )
-    prefix = f"{dataset.folder.rstrip('/')}/" if dataset.folder else ""
-    try:
-        names = _file_names(path)
-        if not any(file.startswith(prefix) and file.lower().endswith(PICTURE_SUFFIXES) for file in names):
-            known = " ".join(PICTURE_SUFFIXES)
-            raise ValueError(f"{where}: expected pictures ({known}) below {path}/{prefix}, found none")
-    except (zipfile.BadZipFile, tarfile.ReadError) as error:
-        raise ValueError(f"{where}: expected a folder, zip or tar, got {path}: {error}") from error
+    if isinstance(dataset, PicturesDataset):
+        try:
+            with open_source(dataset.path, dataset.sha256) as source:
+                plan_pictures(source, dataset)
+        except ValueError as error:
+            raise ValueError(f"datasets.{name}: {error}") from error
 
 
 def check_backbone(name: str, profile: Profile) -> None:
@@ -199,9 +190,7 @@ def check_backbone(name: str, profile: Profile) -> None:
             patches_per_side=params.patches_per_side,
         )
         if params.weights == "timm" and not timm.is_model_pretrained(params.architecture):
-            raise ValueError(
-                "weights: expected a file or `random`, since timm has none for this architecture"
-            )
+            raise ValueError("weights: expected a file or `random`, since timm has none for this architecture")
         if params.weights == "train":
             _require_classes(backbone, profile)
         if params.removal == "drop":
@@ -238,18 +227,6 @@ def _require_splits(name: str, datasets: dict[str, Dataset], splits: Sequence[st
         if split not in datasets[name].split_names():
             known = ", ".join(datasets[name].split_names())
             raise ValueError(f"datasets.{name}: expected a split {split!r}, got splits {known}")
-
-
-def _file_names(path: Path) -> Iterator[str]:
-    """Names of the files in a folder, a zip or a tar, relative to it."""
-    if path.is_dir():
-        yield from (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    elif path.suffix == ".zip":
-        with zipfile.ZipFile(path) as archive:
-            yield from (entry.filename for entry in archive.infolist() if not entry.is_dir())
-    else:
-        with tarfile.open(path) as tar:
-            yield from (member.name.removeprefix("./") for member in tar if member.isfile())
 
 
 if __name__ == "__main__":

@@ -105,11 +105,12 @@ def load_task_heads(
         path = folder / entry["file"]
         if (actual := file_sha256(path)) != entry["sha256"]:
             raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {actual}")
-        head = load_head(path).to(next(backbone.parameters()).device)
+        head = load_head(path, backbone.embed_dim).to(next(backbone.parameters()).device)
         heads[task] = TaskHead(tuple(entry["classes"]), float(entry["test_accuracy"]), head)
     return heads
 
 
+@torch.inference_mode()
 def evaluate(
     explainer: Explainer, heads: Mapping[str, TaskHead], shards: Shards, params: EvaluateParams, folder: Path
 ) -> None:
@@ -151,7 +152,7 @@ def evaluate(
             images = torch.stack([backbone.preprocess(decode_image(sample.image)) for sample in samples]).to(
                 device
             )
-            with clock("tve"), torch.inference_mode():
+            with clock("tve"):
                 predicted = explainer(images)
             with clock("exact_windows"):
                 exact = exact_windows(evaluators[trained_for], images, explainer.family, empty_D)

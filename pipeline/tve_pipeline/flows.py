@@ -47,9 +47,9 @@ def reproduce_stage(stage: str) -> None:
         )
 
 
-def stages_in_order(root: Path = Path()) -> list[str]:
+def stages_in_order() -> list[str]:
     """The active profile's stages, each after those that it depends on."""
-    with Repo(str(root)) as repo:
+    with Repo() as repo:
         graph = repo.index.graph  # edges lead from a stage to those that it depends on
         return [stage.addressing for stage in networkx.dfs_postorder_nodes(graph)]
 

@@ -2,7 +2,8 @@
 
     python -m tve_pipeline.heads BACKBONE DATASET
 
-Writes models/P/heads/BACKBONE-DATASET/{TASK.safetensors, heads.json} and results/P/heads/BACKBONE-DATASET/metrics.json.
+Writes TASK.safetensors and heads.json to models/P/heads/BACKBONE-DATASET, and metrics.json to
+results/P/heads/BACKBONE-DATASET.
 """
 
 import sys
@@ -13,7 +14,6 @@ import torch
 from pydantic import Field
 
 from tve.backbones import Backbone, file_sha256, open_backbone
-from tve.evaluator import CoalitionEvaluator
 from tve.heads import EmbeddedPictures, accuracy, embed_pictures, fit_linear_head, save_head
 from tve.shards import Shards
 from tve_pipeline.outputs import whole_folder, write_json
@@ -56,10 +56,11 @@ def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: P
         ValueError: a dataset without tasks, or with too few pictures for one of them.
     """
     if not shards.tasks:
-        raise ValueError(f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels")
-    evaluator = CoalitionEvaluator(backbone, "zero")
-    train = embed_pictures(evaluator, shards, TRAIN_SPLIT, limit=params.max_train)
-    test = embed_pictures(evaluator, shards, TEST_SPLIT)
+        raise ValueError(
+            f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels"
+        )
+    train = embed_pictures(backbone, shards, TRAIN_SPLIT, limit=params.max_train)
+    test = embed_pictures(backbone, shards, TEST_SPLIT)
     tasks = {
         task: _fit(task, classes, train, test, params, folder / f"{task}.safetensors")
         for task, classes in shards.tasks.items()
@@ -79,7 +80,7 @@ def _fit(
 ) -> dict[str, Any]:
     try:
         head = fit_linear_head(
-            train.embeddings_MD,
+            train.embeddings,
             train.labels_of(task),
             len(classes),
             regularization=params.regularization,
@@ -90,8 +91,8 @@ def _fit(
     save_head(head, path)
     entry = {
         "classes": list(classes),
-        "test_accuracy": accuracy(head, test.embeddings_MD, test.labels_of(task)),
-        "train_accuracy": accuracy(head, train.embeddings_MD, train.labels_of(task)),
+        "test_accuracy": accuracy(head, test.embeddings, test.labels_of(task)),
+        "train_accuracy": accuracy(head, train.embeddings, train.labels_of(task)),
         "num_train": len(train.keys),
         "num_test": len(test.keys),
         "file": path.name,

@@ -54,11 +54,6 @@ class ScenesDataset(Section):
     def split_names(self) -> tuple[str, ...]:
         return tuple(self.splits)
 
-    def task_names(self) -> tuple[str, ...]:
-        from tve_pipeline.scenes import TASKS
-
-        return tuple(TASKS) if self.labelled else ()
-
 
 class SplitParams(Section):
     """Pictures whose split column holds `value`; at most `limit` of them, null for all."""
@@ -99,9 +94,7 @@ class PicturesDataset(Section):
     def _splits_are_named_or_drawn(self) -> "PicturesDataset":
         named, drawn = self.splits is not None, self.hold_out is not None
         if named == drawn or (self.rest is not None) != drawn:
-            raise ValueError(
-                "expected either `splits`, or `hold_out` with `rest`; set what is not used to null"
-            )
+            raise ValueError("expected either `splits`, or `hold_out` with `rest`; set what is not used to null")
         if self.hold_out is not None and self.hold_out.split == self.rest:
             raise ValueError(f"hold_out.split and rest: expected two names, got {self.rest!r} twice")
         if self.table is None and self.split_column is not None:
@@ -122,9 +115,6 @@ class PicturesDataset(Section):
         assert self.hold_out is not None
         assert self.rest is not None
         return (self.rest, self.hold_out.split)
-
-    def task_names(self) -> tuple[str, ...]:
-        return tuple(self.tasks or ())
 
 
 Dataset = ScenesDataset | PicturesDataset

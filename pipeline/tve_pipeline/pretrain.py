@@ -10,29 +10,27 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save_file
 
 from tve.backbones import Backbone, file_sha256, open_backbone
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer, ExplainerConfig
-from tve.mae import pretrain_own_mae
+from tve.mae import MaskedAutoencoder, initialise_from_file, initialise_from_mae, pretrain_mae
 from tve.pictures import ordered_batches, training_batches
 from tve.removal import Removal
 from tve.shards import Shards
 from tve.training import TrainingConfig, TrainingResult, pretrain, write_training_rows
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import RunParams, active_profile, load_backbone_params, load_section
+from tve_pipeline.params import RunParams, Section, active_profile, expand_path, load_backbone_params, load_section
 
 TRAIN_SPLIT = "pretrain"
 HELD_OUT_SPLIT = "pretrain_val"
 
 
-class TwoNetworksParams(BaseModel):
+class TwoNetworksParams(Section):
     """The paper's form; see `tve.two_networks`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     embed_dim: int
     encoder_depth: int
     decoder_depth: int
@@ -41,10 +39,9 @@ class TwoNetworksParams(BaseModel):
     differences: bool
 
 
-class MaeParams(BaseModel):
+class MaeParams(Section):
     """Where the two networks start: a weights file, or a short masked-autoencoder training of their own."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     weights: str | None
     num_steps: int
     batch_size: int
@@ -52,10 +49,9 @@ class MaeParams(BaseModel):
     mask_ratio: float
 
 
-class PretrainParams(BaseModel):
+class PretrainParams(Section):
     """Section `pretrain` of params.yaml."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
     form: Literal["shared", "two_networks"]
     trunk: Literal["frozen", "trained"]
     radius: int
@@ -119,20 +115,32 @@ def initialise_two_networks(explainer: Explainer, shards: Shards, params: Pretra
         return f"backbone features ({params.trunk} trunk)"
     if params.mae is None:
         return network.initialisation
+    backbone = explainer.backbone
+    preprocessing = backbone.config.preprocessing
     if params.mae.weights is not None:
-        network.load_mae_weights(Path(params.mae.weights))
+        path = expand_path(params.mae.weights)
+        initialise_from_file(network, path, mean=preprocessing.mean, std=preprocessing.std)
         return network.initialisation
+    device = next(backbone.parameters()).device
+    mae = MaskedAutoencoder(backbone.image_size, backbone.patches_per_side, explainer.config.two_networks).to(device)
     batches = training_batches(
-        shards, TRAIN_SPLIT, explainer.backbone, batch_size=params.mae.batch_size, seed=params.seed, augment=params.augment
-    )
-    pretrain_own_mae(
-        network,
-        (batch.images_B3SS for batch in batches),
-        num_steps=params.mae.num_steps,
-        learning_rate=params.mae.learning_rate,
-        mask_ratio=params.mae.mask_ratio,
+        shards,
+        TRAIN_SPLIT,
+        backbone,
+        batch_size=params.mae.batch_size,
         seed=params.seed,
+        augment=params.augment,
     )
+    pretrain_mae(
+        mae,
+        (batch.images_B3SS.to(device) for batch in batches),
+        params.mae.num_steps,
+        params.mae.learning_rate,
+        params.mae.mask_ratio,
+        seed=params.seed,
+        precision=params.precision,
+    )
+    initialise_from_mae(network, mae)
     return network.initialisation
 
 

@@ -13,19 +13,18 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jinja2
 import numpy as np
 from markupsafe import Markup
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import Field
 
 from tve import figures
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import RunParams, Section, load_params, load_profile, load_section
+from tve_pipeline.params import RunParams, Section, load_params, active_profile, load_section
 from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, heatmap_boards
 from tve_pipeline.report_results import FIDELITIES, Results, read_results
 from tve_pipeline.report_tables import (
@@ -39,6 +38,9 @@ from tve_pipeline.report_tables import (
     share_row,
 )
 from tve_pipeline.report_words import GLOSSARY, cut_short, headline, protocol
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # The curves leave out what differs from another line by the window mean alone; the tables have it.
@@ -72,7 +74,7 @@ class Report:
 def main(argv: list[str]) -> None:
     if argv:
         raise ValueError(f"report: expected no arguments, got {argv}")
-    profile, run = load_profile(), load_section("run", RunParams)
+    profile, run = active_profile(), load_section("run", RunParams)
     params, sections = load_section("report", ReportParams), load_params()
     results = read_results(Path("results", profile), run.backbones, run.task_datasets)
     with whole_folder(Path("results", profile, "report")) as folder:
@@ -126,14 +128,15 @@ def flat_metrics(report: Report) -> dict[str, float]:
     for name, found in report.results.pretraining.items():
         flat |= {f"{name}/{key}": value for key, value in found.metrics.items() if "r2_" in key}
     for (backbone, dataset), evaluation in report.results.evaluations.items():
+        method = evaluation.reference
         for task, result in evaluation.tasks.items():
             prefix = f"{backbone}/{dataset}/{task}"
             flat[f"{prefix}/accuracy"] = result.get("accuracy")
             for removal, share in result.get("share_of_way", {}).items():
                 flat |= {f"{prefix}/{removal}/share_of_way/{fidelity}": share.get(fidelity) for fidelity in FIDELITIES}
-            for removal, scores in result["methods"].get("tve", {}).items():
-                flat |= {f"{prefix}/{removal}/tve/{fidelity}": scores[fidelity]["mean"] for fidelity in FIDELITIES}
-            flat[f"{prefix}/density_ratio"] = ((result.get("density") or {}).get("tve") or {}).get("ratio")
+            for removal, scores in result["methods"].get(method, {}).items():
+                flat |= {f"{prefix}/{removal}/{method}/{fidelity}": scores[fidelity]["mean"] for fidelity in FIDELITIES}
+            flat[f"{prefix}/density_ratio"] = ((result.get("density") or {}).get(method) or {}).get("ratio")
     return {key: value for key, value in flat.items() if value is not None}
 
 
@@ -209,7 +212,11 @@ def _curves(report: Report, backbone: str, removal: str, prefix: str = "") -> li
     for dataset in report.results.datasets:
         evaluation = report.results.evaluations.get((backbone, dataset))
         for task in evaluation.tasks if evaluation else ():
-            found = {method: evaluation.curves.get((task, removal, method)) for method in CURVE_METHODS} if evaluation else {}
+            found = (
+                {method: evaluation.curves.get((task, removal, method)) for method in CURVE_METHODS}
+                if evaluation
+                else {}
+            )
             lines = {method: points for method, points in found.items() if points}
             for what, direction, value in PANELS if lines else ():
                 fractions = [point[0] for point in next(iter(lines.values()))]
@@ -223,11 +230,14 @@ def _training(results: Results, backbone: str) -> figures.Training | None:
     measured = found.evaluations() if found else {"step": []}
     if found is None or not measured["step"]:
         return None
-    trivial = {"kept": found.metrics.get("trivial_mean_r2_kept"), "removed": found.metrics.get("trivial_full_r2_removed")}
+    trivial = {
+        "kept": found.metrics.get("trivial_mean_r2_kept"),
+        "removed": found.metrics.get("trivial_full_r2_removed"),
+    }
     return figures.Training(backbone, measured["step"], {name: measured[name] for name in trivial}, trivial)
 
 
-def _save(figure: Figure | None, path: Path, what: str) -> None:
+def _save(figure: "Figure | None", path: Path, what: str) -> None:
     figures.save_png(figures.note(f"{what}: missing") if figure is None else figure, path)
 
 
@@ -253,7 +263,7 @@ def _write_training(results: Results, path: Path) -> None:
             rows.writerows({"backbone": name, **row} for row in found.rows)
 
 
-def _svg(figure: Figure, label: str) -> Markup:
+def _svg(figure: "Figure", label: str) -> Markup:
     return Markup(figures.inline_svg(figure, label))
 
 

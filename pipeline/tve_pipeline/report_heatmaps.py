@@ -5,13 +5,16 @@ picture, different heads. A dataset with one task has a column per backbone and 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from tve import figures
 from tve_pipeline.report_results import Heatmaps, Results
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN_METHODS = ("tve", "exact_windows")
 
@@ -70,7 +73,7 @@ def heatmap_boards(results: Results, num_pictures: int) -> list[HeatmapBoard]:
     return boards
 
 
-def board_figure(boards: list[HeatmapBoard]) -> Figure:
+def board_figure(boards: list[HeatmapBoard]) -> "Figure":
     """The boards as one figure: those whose columns are those of the first."""
     columns = boards[0].columns
     rows: list[list[figures.Panel | None]] = []

@@ -39,8 +39,15 @@ class Evaluation:
     """One backbone on one dataset."""
 
     metrics: dict[str, Any]
-    curves: dict[tuple[str, str, str], list[tuple[float, float, float]]]  # (task, removal, method) -> fraction, kept, removed
+    curves: dict[
+        tuple[str, str, str], list[tuple[float, float, float]]
+    ]  # (task, removal, method) -> fraction, kept, removed
     heatmaps: Heatmaps | None
+
+    @property
+    def reference(self) -> str:
+        """The method that the others are compared with: "tve" or "tve_u"."""
+        return str(self.metrics.get("reference", "tve"))
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -79,7 +86,11 @@ class Results:
         return (
             [f"pre-training of {name}" for name in self.backbones if name not in self.pretraining]
             + [f"heads of {name} on {dataset}" for name, dataset in pairs if (name, dataset) not in self.heads]
-            + [f"evaluation of {name} on {dataset}" for name, dataset in pairs if (name, dataset) not in self.evaluations]
+            + [
+                f"evaluation of {name} on {dataset}"
+                for name, dataset in pairs
+                if (name, dataset) not in self.evaluations
+            ]
         )
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from tve_pipeline.report_results import CONTROLS, FIDELITIES, Evaluation, Results
+from tve_pipeline.report_results import CONTROLS, FIDELITIES, Results
 from tve_pipeline.report_tables import number, percent, verdict_of
 
 Sections = Mapping[str, Any]  # sections of params.yaml, as they stand there
@@ -28,13 +28,15 @@ def headline(results: Results, trained_for: dict[str, str]) -> tuple[list[str], 
         removal = trained_for[backbone]
         for task in evaluation.tasks.values():
             differences = task.get("differences", {}).get(removal, {})
-            verdict = [verdict_of(differences[name][f], f) for name in CONTROLS if name in differences for f in FIDELITIES]
+            verdict = [
+                verdict_of(differences[name][f], f) for name in CONTROLS if name in differences for f in FIDELITIES
+            ]
             if verdict:
                 verdicts.append(all(result == "better" for result in verdict))
             for fidelity in FIDELITIES:
                 share = task.get("share_of_way", {}).get(removal, {}).get(fidelity)
                 shares[fidelity] += [] if share is None else [share]
-            ratio = ((task.get("density") or {}).get("tve") or {}).get("ratio")
+            ratio = ((task.get("density") or {}).get(evaluation.reference) or {}).get("ratio")
             ratios += [] if ratio is None else [ratio]
 
     sentences, figures = [], []
@@ -69,7 +71,12 @@ def headline(results: Results, trained_for: dict[str, str]) -> tuple[list[str], 
             if low >= 1
             else f"In one task the wrong object holds more positive attribution than the right one ({low:.1f} ×)."
         )
-        figures.append({"value": f"{low:.1f} ×" if len(ratios) == 1 else f"≥ {low:.1f} ×", "label": "density, right object / other"})
+        figures.append(
+            {
+                "value": f"{low:.1f} ×" if len(ratios) == 1 else f"≥ {low:.1f} ×",
+                "label": "density, right object / other",
+            }
+        )
     if not sentences:
         sentences.append("Nothing has been evaluated yet: every part of this report is missing.")
     return sentences, figures
@@ -86,7 +93,11 @@ def protocol(results: Results, sections: Sections) -> list[str]:
     evaluations = list(results.evaluations.values())
     if evaluations:
         fractions = sorted({point[0] for found in evaluations for points in found.curves.values() for point in points})
-        levels = f"{len(fractions)} levels ({fractions[0]:.0%} to {fractions[-1]:.0%} of the patches)" if fractions else "levels"
+        levels = (
+            f"{len(fractions)} levels ({fractions[0]:.0%} to {fractions[-1]:.0%} of the patches)"
+            if fractions
+            else "levels"
+        )
         sentences += [
             "The watched probability p(y|x) is that of the class y which the task's head predicts for the whole picture. "
             f"S* are the patches of highest attribution, at {levels}; ties follow one fixed pseudo-random order.",
@@ -113,7 +124,9 @@ def cut_short(results: Results, sections: Sections) -> list[str]:
             sentences.append(f"That run was interrupted and resumed from step {_count(metrics['resumed_from_step'])}.")
     for name in results.backbones:
         if sections["backbones"][name]["weights"] == "random":
-            sentences.append(f"The weights of {name} are random: its numbers show that the parts fit, and nothing else.")
+            sentences.append(
+                f"The weights of {name} are random: its numbers show that the parts fit, and nothing else."
+            )
     for (backbone, dataset), evaluation in results.evaluations.items():
         num_pictures, num_test = evaluation.metrics["num_pictures"], _num_test(results, backbone, dataset)
         if num_test is not None and num_pictures < num_test:
@@ -162,7 +175,13 @@ def _pretraining_words(name: str, metrics: Mapping[str, Any]) -> str:
 
 def _in_minutes(metrics: Mapping[str, Any]) -> str:
     elapsed_s = metrics.get("elapsed_s")
-    return "" if elapsed_s is None else f" in {elapsed_s / 60:.0f} minutes" if elapsed_s >= 120 else f" in {elapsed_s:.0f} s"
+    return (
+        ""
+        if elapsed_s is None
+        else f" in {elapsed_s / 60:.0f} minutes"
+        if elapsed_s >= 120
+        else f" in {elapsed_s:.0f} s"
+    )
 
 
 def _count(value: int) -> str:

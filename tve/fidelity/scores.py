@@ -85,6 +85,7 @@ def fidelity(
     return scores
 
 
+@torch.inference_mode()
 def target_probability(head: Head, embeddings: Tensor, target_B: Tensor) -> Tensor:
     """p(y|·) [B, ...] of each picture's own class, on embeddings [B, ..., D]."""
     probability = read(head, embeddings, "probability")

@@ -1,0 +1,71 @@
+"""dvc.yaml names the code and the parameters that each stage reads, and imports point one way."""
+
+import ast
+from typing import Any
+
+import pytest
+import yaml
+
+from tve_pipeline.graph import DVC_FILE, PACKAGES, ROOT, imports, module_path, stage_closure, with_code_deps
+
+STAGES: dict[str, dict[str, Any]] = yaml.safe_load(DVC_FILE.read_text())["stages"]
+MODULES = sorted(
+    ".".join((package, *path.relative_to(ROOT / folder).with_suffix("").parts)).removesuffix(".__init__")
+    for package, folder in PACKAGES.items()
+    for path in (ROOT / folder).rglob("*.py")
+)
+# What a call reads of params.yaml; {} is the stage's argument.
+READERS = {"load_section": "{0}", "load_dataset": "datasets", "load_backbone_params": "backbones"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_code_that_it_imports(stage: str) -> None:
+    listed = [path for path in STAGES[stage]["deps"] if path.split("/")[0] in ("tve", "pipeline")]
+    assert listed == stage_closure(stage), "run `make graph`"
+
+
+def test_the_graph_tool_leaves_a_right_file_as_it_is() -> None:
+    text = DVC_FILE.read_text()
+    assert with_code_deps(text) == text
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_every_section_of_params_that_it_loads(stage: str) -> None:
+    tree = ast.parse((ROOT / module_path(f"tve_pipeline.{stage}")).read_text())
+    named = {param.split(".")[0] for param in STAGES[stage].get("params", [])}
+    read = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in READERS:
+            first = node.args[0]
+            literal = first.value if isinstance(first, ast.Constant) else None
+            section = READERS[node.func.id].format(literal)
+            if section != "None":
+                read.add(section)
+    assert read <= named
+
+
+def test_the_library_imports_nothing_of_the_pipeline() -> None:
+    for module in MODULES:
+        if module.split(".")[0] == "tve":
+            assert not [name for name in imports(module) if name.startswith("tve_pipeline")], module
+
+
+def test_no_two_modules_import_each_other_even_through_others() -> None:
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, f"a circle: {' → '.join((*path, module))}"
+        if module not in done:
+            for imported in imports(module):
+                visit(imported, (*path, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
+
+
+def test_no_stage_imports_another_stage_but_check_which_reads_their_sections() -> None:
+    allowed = {"check"}
+    for stage in set(STAGES) - allowed:
+        others = {f"tve_pipeline.{other}" for other in STAGES} - {f"tve_pipeline.{stage}"}
+        assert not others & imports(f"tve_pipeline.{stage}"), stage
