@@ -92,9 +92,7 @@ def test_fitting_refuses_what_cannot_be_fitted() -> None:
         fit_linear_head(embeddings_MD, labels_M, 3, regularization=0)
 
 
-def test_pictures_are_embedded_in_the_order_of_the_shards_with_their_labels(
-    backbone: Backbone, shards: Shards
-) -> None:
+def test_pictures_are_embedded_in_the_order_of_the_shards_with_their_labels(backbone: Backbone, shards: Shards) -> None:
     embedded = embed_pictures(backbone, shards, "train", batch_size=8)
     ((samples, images),) = ordered_batches(shards, "train", backbone, batch_size=30)
     torch.testing.assert_close(embedded.embeddings, backbone(images))
@@ -115,9 +113,7 @@ def test_an_unknown_task_is_refused_by_name(backbone: Backbone, shards: Shards) 
         embedded.labels_of("colour")
 
 
-def test_the_stage_fits_and_writes_a_head_for_every_task(
-    backbone: Backbone, shards: Shards, tmp_path: Path
-) -> None:
+def test_the_stage_fits_and_writes_a_head_for_every_task(backbone: Backbone, shards: Shards, tmp_path: Path) -> None:
     document = fit_heads(backbone, shards, PARAMS, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"heads.json", "level.safetensors", "dark.safetensors"}
     assert document["backbone_sha256"] == backbone.weights_sha256
@@ -160,7 +156,7 @@ def test_a_head_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a linear head.*got \{'fc.weight': \[3, 6\]\}"):
         load_head(path)
     path.write_bytes(b"no tensors")
-    with pytest.raises(ValueError, match="expected a .safetensors file"):
+    with pytest.raises(ValueError, match=r"expected a \.safetensors file"):
         load_head(path)
     with pytest.raises(FileNotFoundError, match="which does not exist"):
         load_head(tmp_path / "absent.safetensors")

@@ -55,9 +55,7 @@ def test_params_yaml_is_a_link_to_a_profile() -> None:
 
 
 def test_the_dry_run_of_the_paper_differs_in_sizes_and_sources_alone() -> None:
-    paper, dry = (
-        yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text()) for name in ("paper", "paper_dry")
-    )
+    paper, dry = (yaml.safe_load((ROOT / "profiles" / f"{name}.yaml").read_text()) for name in ("paper", "paper_dry"))
     shrunk = {
         "num_steps",
         "batch_size",
@@ -120,9 +118,7 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path: Path) -> None:
 
 
 def test_an_unknown_kind_of_dataset_lists_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"datasets\.pool\.kind: expected one of \['pictures', 'scenes'\], got 'zip'"
-    ):
+    with pytest.raises(ValueError, match=r"datasets\.pool\.kind: expected one of \['pictures', 'scenes'\], got 'zip'"):
         load_dataset("pool", changed(tmp_path, "datasets.pool.kind", "zip"))
 
 

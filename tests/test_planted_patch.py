@@ -119,10 +119,7 @@ def hand_made_meta(radius: int) -> MetaAttribution:
 
 
 def assert_peak(map_PP: Tensor, place: tuple[int, int], radius: int) -> None:
-    peaks = [
-        divmod(n, PATCHES_PER_SIDE)
-        for n in (map_PP >= map_PP.max() - 1e-5).flatten().nonzero()[:, 0].tolist()
-    ]
+    peaks = [divmod(n, PATCHES_PER_SIDE) for n in (map_PP >= map_PP.max() - 1e-5).flatten().nonzero()[:, 0].tolist()]
     assert place in peaks, f"planted at {place}, peaks at {peaks}"
     last = PATCHES_PER_SIDE - 1
     if all(coordinate in (0, last) or radius < coordinate < last - radius for coordinate in place):
@@ -131,9 +128,7 @@ def assert_peak(map_PP: Tensor, place: tuple[int, int], radius: int) -> None:
 
 @pytest.mark.parametrize("removal", ["zero", "drop"])
 @pytest.mark.parametrize(("radius", "output"), RULES)
-def test_exact_windows_peak_at_the_planted_patch_wherever_it_is(
-    radius: int, output: Output, removal: Removal
-) -> None:
+def test_exact_windows_peak_at_the_planted_patch_wherever_it_is(radius: int, output: Output, removal: Removal) -> None:
     backbone = backbone_for(removal)
     images = one_per_place()
     meta = exact_windows(CoalitionEvaluator(backbone, removal), images, Windows(PATCHES_PER_SIDE, radius))

@@ -191,9 +191,7 @@ def test_a_table_that_does_not_fit_is_a_clear_error(tmp_path: Path, table: bytes
         ({"images/a.jpg": b""}, r"expected the table labels\.csv"),
     ],
 )
-def test_a_source_that_does_not_fit_is_a_clear_error(
-    tmp_path: Path, contents: dict[str, bytes], message: str
-) -> None:
+def test_a_source_that_does_not_fit_is_a_clear_error(tmp_path: Path, contents: dict[str, bytes], message: str) -> None:
     path = pack(tmp_path, "zip", contents)
     with pytest.raises(ValueError, match=message):
         listed(path)
@@ -276,6 +274,7 @@ def test_a_task_with_one_class_is_an_error(tmp_path: Path) -> None:
 
 
 def test_shards_of_scenes_hold_the_scenes(tmp_path: Path) -> None:
+    scenes = [scene(5, "test", index) for index in range(3)]
     made = ScenesDataset(kind="scenes", seed=5, labelled=True, splits={"train": 7, "test": 3}, shard_size=4)
     write_scenes(tmp_path / "first", "scenes", made)
     write_scenes(tmp_path / "second", "scenes", made)
@@ -283,13 +282,11 @@ def test_shards_of_scenes_hold_the_scenes(tmp_path: Path) -> None:
         assert file_sha256(path) == file_sha256(tmp_path / "second" / path.name)
     shards = Shards.open(tmp_path / "first")
     assert shards.tasks == TASKS
-    for index, sample in enumerate(shards.samples("test")):
-        expected = scene(5, "test", index)
+    for sample, expected in zip(shards.samples("test"), scenes, strict=True):
         assert sample.labels == expected.labels
         assert sample.masks is not None
         masks = decode_masks(sample.masks, len(MASK_OBJECTS))
         assert all((masks[bit] == expected.masks[name]).all() for bit, name in enumerate(shards.mask_objects))
-    assert index == 2
 
 
 def test_label_free_scenes_hold_neither_labels_nor_masks(tmp_path: Path) -> None:

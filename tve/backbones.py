@@ -6,6 +6,7 @@ of its weights, by which everything made from it is tied to it.
 
 import hashlib
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,13 +15,17 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
+from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
 HIERARCHICAL_PATCH_SIZE = 16
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "backbone.json"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +80,9 @@ class Backbone(nn.Module):
 
     @property
     def embed_dim(self) -> int:
-        return int(self.model.num_features if not hasattr(self.model, "head_hidden_size") else self.model.head_hidden_size)  # type: ignore[arg-type]
+        # What a head before the classifier makes of the features, where the model has one.
+        width = getattr(self.model, "head_hidden_size", None) or self.model.num_features
+        return int(width)  # type: ignore[arg-type]
 
     def train(self, mode: bool = True) -> "Backbone":
         """A frozen backbone never leaves evaluation mode."""
@@ -241,8 +248,8 @@ def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -
         raise ValueError(f"backbone: expected a timm model name, got {architecture!r}{hint}")
     try:
         model: nn.Module = timm.create_model(architecture, pretrained=pretrained, **arguments)
-    except TypeError as error:
-        raise ValueError(f"timm_args of {architecture}: {error}") from error
+    except (TypeError, RuntimeError, AssertionError) as error:  # what timm raises on arguments and tags
+        raise ValueError(f"timm could not build {architecture} with timm_args {dict(arguments)}: {error}") from error
     return model
 
 
@@ -251,18 +258,21 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None, architecture
         raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}")
     if sha256 is not None and (actual := file_sha256(path)) != sha256:
         raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned")
-    if path.suffix == ".safetensors":
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state.get("model", state))
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = state.get("state_dict", state.get("model", state))
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path}: expected a .safetensors or .pth file of weights: {error}") from error
     state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
     resample = getattr(model, "pos_embed", None)
     if resample is not None and "pos_embed" in state and state["pos_embed"].shape != resample.shape:
         # Another picture size than the weights were trained at: timm's own loading filter interpolates positions.
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        state = checkpoint_filter_fn(state, model)
+        state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]
     try:
         model.load_state_dict(state, strict=True)
     except RuntimeError as error:
@@ -270,21 +280,27 @@ def _load_weights(model: nn.Module, path: Path, sha256: str | None, architecture
 
 
 def _preprocessing(model: nn.Module, arguments: Mapping[str, Any], changes: dict[str, Any]) -> Preprocessing:
-    own = {k: v for k, v in (model.pretrained_cfg or {}).items()}  # type: ignore[union-attr,operator,misc]
+    own: dict[str, Any] = dict(model.pretrained_cfg or {})  # type: ignore[arg-type]
     known = {"mean", "std", "interpolation", "crop_pct"}
     if unknown := set(changes) - known:
         raise ValueError(f"preprocessing: unknown {sorted(unknown)}; known: {sorted(known)}")
-    resolved = resolve_data_config({}, pretrained_cfg=own | changes)
-    size = int(arguments.get("img_size", resolved["input_size"][-1]))
-    return _preprocessing_from(resolved | {"image_size": size})
+    resolved = resolve_data_config({}, pretrained_cfg=own | changes)  # type: ignore[no-untyped-call]
+    height, width = to_2tuple(arguments.get("img_size", resolved["input_size"][1:]))
+    if height != width:
+        raise ValueError(f"img_size: expected square pictures, got {height} x {width}")
+    return _preprocessing_from(resolved | {"image_size": width})
 
 
 def _preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
     mean, std = (tuple(float(value) for value in values[key]) for key in ("mean", "std"))
+    if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        raise ValueError(f"preprocessing: expected mean and std of 3 channels, std positive, got {mean} and {std}")
+    if values["interpolation"] not in INTERPOLATIONS:
+        raise ValueError(f"interpolation: expected one of {list(INTERPOLATIONS)}, got {values['interpolation']!r}")
     return Preprocessing(
         image_size=int(values["image_size"]),
-        mean=mean,  # type: ignore[arg-type]
-        std=std,  # type: ignore[arg-type]
+        mean=mean,
+        std=std,
         interpolation=str(values["interpolation"]),
         crop_pct=float(values["crop_pct"]),
     )

@@ -5,6 +5,7 @@ Red speaks for the class, blue against it, and a patch of attribution 0 stays as
 figure is drawn, so that `overlay` works without it.
 """
 
+import html
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -85,7 +86,7 @@ STYLE: dict[str, Any] = {
 def _styled() -> Iterator[None]:
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         yield
 
 
@@ -111,14 +112,16 @@ def overlay(
     _require_map(picture, phi_PP)
     patches = phi_PP.shape[0]
     size = patches * -(-size // patches)
-    grey = np.asarray(Image.fromarray(picture).convert("L").resize((size, size), Image.Resampling.BICUBIC))
+    # Half luminance, half the brightest channel: a coloured object of the background's luminance stays visible.
+    brightness = (np.asarray(Image.fromarray(picture).convert("L"), dtype=np.float32) + picture.max(axis=2)) / 2
+    grey = np.asarray(Image.fromarray(brightness).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 255)
     # Lifted to the upper half of the scale: colour of one opacity then looks alike on dark and on light parts.
     canvas = np.repeat((70 + grey * np.float32(185 / 255))[..., None], 3, axis=2)
 
     largest = float(np.abs(phi_PP).max()) if limit is None else limit
     strength_PP = np.clip(phi_PP / largest, -1, 1) if largest > 0 else np.zeros_like(phi_PP)
     strength = strength_PP.repeat(size // patches, axis=0).repeat(size // patches, axis=1)[..., None]
-    colour = np.where(strength > 0, np.float32(FOR_RGB), np.float32(AGAINST_RGB))
+    colour = np.where(strength > 0, np.array(FOR_RGB, np.float32), np.array(AGAINST_RGB, np.float32))
     opacity = MAX_OPACITY * np.abs(strength)
     return np.asarray(np.rint(canvas + opacity * (colour - canvas)).clip(0, 255), dtype=np.uint8)
 
@@ -143,7 +146,7 @@ def picture_grid(
     """Pictures in rows and columns with titles on top and at the left; None leaves a cell empty."""
     num_rows, num_columns = len(rows), len(column_titles)
     cell, left, top = 1.15, 1.15, 0.45
-    figure = _figure(left + num_columns * cell, top + num_rows * cell * 1.13 + 0.3)
+    figure = _figure(left + num_columns * cell, top + num_rows * cell * 1.13 + 0.45)
     width, height = figure.get_size_inches()
     for row_index, row in enumerate(rows):
         bottom = height - top - (row_index + 1) * cell * 1.13 + 0.13
@@ -153,7 +156,7 @@ def picture_grid(
                 figure.text(
                     (x + cell * 0.48) / width,
                     (height - 0.34) / height,
-                    column_titles[column_index],
+                    column_titles[column_index].replace(", ", ",\n"),
                     ha="center",
                     weight="bold",
                 )
@@ -167,7 +170,7 @@ def picture_grid(
         figure.text(
             (left - 0.08) / width, (bottom + cell * 0.48) / height, row_titles[row_index], ha="right", va="center"
         )
-    _colour_scale(figure, (left / width, 0.12 / height, min(2.4, width - left - 0.2) / width, 0.09 / height))
+    _colour_scale(figure, (left / width, 0.08 / height, min(2.4, width - left - 0.2) / width, 0.09 / height))
     return figure
 
 
@@ -185,7 +188,7 @@ class Curves:
 def fidelity_curves(panels: Sequence[Curves], num_columns: int, legend: bool = True) -> "Figure":
     """Panels of curves in rows of `num_columns`, with one legend below them."""
     num_rows = -(-len(panels) // num_columns)
-    height = 2.15 * num_rows + (0.75 if legend else 0.0)
+    height = 2.3 * num_rows + (0.75 if legend else 0.0)
     figure = _figure(3.1 * num_columns, height)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for index, axes in enumerate(grid.flat):
@@ -245,24 +248,23 @@ def save_png(figure: "Figure", path: Path, dots_per_inch: int = 160) -> None:
 
 @_styled()
 def inline_svg(figure: "Figure", label: str) -> str:
-    """A figure as an `<svg>` element for a page: its ink is the page's text colour, its ids carry no link.
+    """A figure as an `<svg>` element of a page, in the page's own font and text colour.
 
     Args:
         figure: drawn in this module's style.
         label: what it shows, for readers who do not see it.
     """
     buffer = io.StringIO()
-    figure.savefig(
-        buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    (view_box,) = re.findall(r'<svg [^>]*?viewBox="([^"]+)"', text)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(
-        r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg viewBox="\1" role="img" aria-label="{label}">', text, count=1
-    )
-    text = text.replace("font: ", "font:").replace("'DejaVu Sans'", "inherit")
-    return text.replace(INK, "currentColor").strip()
+    text = re.sub(r"font-family: [^;\"]+;?", "", text)
+    # Groups are numbered from 1 in each figure; on one page only the ids that are referred to may stay.
+    text = re.sub(r' id="[a-zA-Z]+[a-zA-Z0-9.]*_\d+"', "", text)
+    body = text[text.index(">", text.index("<svg")) + 1 :].replace(INK, "currentColor").strip()
+    return f'<svg viewBox="{view_box}" role="img" aria-label="{html.escape(label)}">{body}'
 
 
 def _figure(width: float, height: float) -> "Figure":
@@ -278,8 +280,9 @@ def _draw_curves(axes: "Axes", panel: Curves) -> None:
         if look.dash:
             line.set_dashes(look.dash)
         line.set_zorder(3 if method == "tve" else 2)
-    axes.set_title(panel.title)
-    axes.set_xlabel(f"fraction of patches ({panel.direction})")
+    axes.set_title(panel.title, pad=16)
+    axes.text(0, 1.03, panel.direction, transform=axes.transAxes, fontsize=7.5)
+    axes.set_xlabel("fraction of patches in S*")
     axes.set_xlim(min(panel.fractions), max(panel.fractions))
     axes.set_xticks([tick for tick in (0.1, 0.3, 0.5, 0.7, 0.9) if tick in [round(f, 6) for f in panel.fractions]])
 
@@ -296,8 +299,8 @@ def _draw_training(axes: "Axes", panel: Training) -> None:
     axes.set_ylim(max(lowest, -0.6) - 0.05, 1)
     axes.set_xlabel("training step")
     axes.set_ylabel("R² within a picture")
-    axes.set_title(panel.title)
-    axes.legend(loc="upper left", ncols=2, handlelength=2.2)
+    axes.set_title(panel.title, pad=22)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=4, handlelength=2.2, columnspacing=1.2)
 
 
 def _colour_scale(figure: "Figure", box: tuple[float, float, float, float]) -> None:

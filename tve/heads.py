@@ -165,9 +165,7 @@ def _linear(weight_CD: Tensor, bias_C: Tensor) -> nn.Linear:
     return head
 
 
-def _require_trainable(
-    embeddings_MD: Tensor, labels_M: Tensor, num_classes: int, regularization: float
-) -> None:
+def _require_trainable(embeddings_MD: Tensor, labels_M: Tensor, num_classes: int, regularization: float) -> None:
     if embeddings_MD.ndim != 2 or labels_M.shape != embeddings_MD.shape[:1]:
         raise ValueError(
             "embeddings and labels: expected [M, D] and [M], "
@@ -178,13 +176,9 @@ def _require_trainable(
     if not regularization > 0:
         raise ValueError(f"regularization: expected a positive number, got {regularization}")
     if not bool(embeddings_MD.isfinite().all()):
-        raise ValueError(
-            "embeddings: expected finite numbers, got NaN or infinity; look at the backbone's weights"
-        )
+        raise ValueError("embeddings: expected finite numbers, got NaN or infinity; look at the backbone's weights")
     present = set(labels_M.tolist())
     if outside := sorted(present - set(range(num_classes))):
         raise ValueError(f"labels: expected 0 to {num_classes - 1}, got {outside}")
     if missing := sorted(set(range(num_classes)) - present):
-        raise ValueError(
-            f"labels: expected a picture of every class, got none of {missing}; use more pictures"
-        )
+        raise ValueError(f"labels: expected a picture of every class, got none of {missing}; use more pictures")

@@ -72,8 +72,7 @@ class Shards:
         self.mask_objects = tuple(map(str, index["mask_objects"]))
         self.source: dict[str, Any] = dict(index["source"])
         self.files = {
-            str(split): tuple(ShardFile(**entry) for entry in entries)
-            for split, entries in index["splits"].items()
+            str(split): tuple(ShardFile(**entry) for entry in entries) for split, entries in index["splits"].items()
         }
         self.names_sha256 = str(index["names_sha256"])
 
@@ -115,9 +114,7 @@ class Shards:
         """
         return self._read(split, self._files(split))
 
-    def shuffled(
-        self, split: str, seed: int, epoch: int, start: int = 0, buffer: int = 1000
-    ) -> Iterator[Sample]:
+    def shuffled(self, split: str, seed: int, epoch: int, start: int = 0, buffer: int = 1000) -> Iterator[Sample]:
         """Every sample of a split once, in an order given by (seed, epoch, buffer), from number `start` on.
 
         Tars come in random order, and samples pass through a buffer of `buffer` of them. What comes before
@@ -142,7 +139,7 @@ class Shards:
         names: dict[str, dict[str, str]] = {split: {} for split in self.files}
         with (self.folder / NAMES_FILE).open(newline="", encoding="utf-8") as file:
             for key, split, name in itertools.islice(csv.reader(file), 1, None):
-                names[split][key] = name
+                names.setdefault(split, {})[key] = name
         return names
 
     def _files(self, split: str) -> tuple[ShardFile, ...]:
@@ -170,9 +167,7 @@ class Shards:
                 yield self._sample(members, path, names)
                 num_read += 1
             if num_read != entry.num_samples:
-                raise ValueError(
-                    f"{path}: expected {entry.num_samples} samples, got {num_read}; make the shards again"
-                )
+                raise ValueError(f"{path}: expected {entry.num_samples} samples, got {num_read}; make the shards again")
 
     def _sample(self, members: Mapping[str, Any], path: Path, names: Mapping[str, str]) -> Sample:
         key = str(members["__key__"])

@@ -59,18 +59,14 @@ def open_source(path: Path, sha256: str | None = None) -> Iterator[Source]:
     """
     if path.is_dir():
         if sha256 is not None:
-            raise ValueError(
-                f"{path}: expected a zip or tar, which sha256 pins, got a folder; set sha256 to null"
-            )
+            raise ValueError(f"{path}: expected a zip or tar, which sha256 pins, got a folder; set sha256 to null")
         files = dict(_walk(path))
         yield Source(path, frozenset(files), lambda name: files[name].read_bytes())
         return
     if not path.is_file():
         raise ValueError(f"source: expected a folder, a zip or a tar, got {path}, which does not exist")
     if sha256 is not None and (actual := file_sha256(path)) != sha256:
-        raise ValueError(
-            f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned"
-        )
+        raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned")
     if zipfile.is_zipfile(path):
         with _open_zip(path) as archive:
             yield _zip_source(path, archive)
@@ -97,33 +93,23 @@ def list_pictures(
         ValueError: no pictures, a table that does not fit, or a picture without a label.
     """
     prefix = posixpath.join(posixpath.normpath(folder or "."), "").removeprefix("./")
-    files = {
-        name.removeprefix(prefix): name
-        for name in source.names
-        if _is_picture(name) and name.startswith(prefix)
-    }
+    files = {name.removeprefix(prefix): name for name in source.names if _is_picture(name) and name.startswith(prefix)}
     if not files:
         where = f"{source.path}, below {prefix!r}" if prefix else str(source.path)
         raise ValueError(f"{where}: expected pictures ({', '.join(IMAGE_EXTENSIONS)}), got none")
     if table is None:
         pictures = [_from_folders(source, file, name, tasks) for name, file in files.items()]
     else:
-        rows = _rows(
-            source, table, {FILE_COLUMN, *tasks.values()} | ({split_column} if split_column else set())
-        )
+        rows = _rows(source, table, {FILE_COLUMN, *tasks.values()} | ({split_column} if split_column else set()))
         pictures = [_from_row(source, table, row, files, tasks, split_column) for row in rows]
         if len({picture.name for picture in pictures}) != len(pictures):
             names = [picture.name for picture in pictures]
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(
-                f"{source.path}, {table}: expected each picture once, got {twice} more than once"
-            )
+            raise ValueError(f"{source.path}, {table}: expected each picture once, got {twice} more than once")
     return sorted(pictures, key=lambda picture: hashlib.sha256(picture.name.encode()).digest())
 
 
-def named_splits(
-    pictures: Sequence[Picture], wanted: Mapping[str, tuple[str, int | None]]
-) -> dict[str, list[Picture]]:
+def named_splits(pictures: Sequence[Picture], wanted: Mapping[str, tuple[str, int | None]]) -> dict[str, list[Picture]]:
     """The pictures of each split: those whose group is the first value, at most as many as the second.
 
     Raises:
@@ -139,18 +125,14 @@ def named_splits(
     return splits
 
 
-def held_out_splits(
-    pictures: Sequence[Picture], held_out: str, count: int, rest: str
-) -> dict[str, list[Picture]]:
+def held_out_splits(pictures: Sequence[Picture], held_out: str, count: int, rest: str) -> dict[str, list[Picture]]:
     """Two splits: the `count` pictures whose names' hashes are smallest, and the rest.
 
     Raises:
         ValueError: no picture would remain.
     """
     if not 0 < count < len(pictures):
-        raise ValueError(
-            f"{held_out}: expected 1 to {len(pictures) - 1} of {len(pictures)} pictures, got {count}"
-        )
+        raise ValueError(f"{held_out}: expected 1 to {len(pictures) - 1} of {len(pictures)} pictures, got {count}")
     return {rest: list(pictures[count:]), held_out: list(pictures[:count])}
 
 
@@ -177,9 +159,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except zipfile.BadZipFile as error:
-        raise ValueError(
-            f"{path}: expected a complete zip; the file is cut short or damaged: {error}"
-        ) from error
+        raise ValueError(f"{path}: expected a complete zip; the file is cut short or damaged: {error}") from error
 
 
 def _zip_source(path: Path, archive: zipfile.ZipFile) -> Source:
@@ -187,9 +167,7 @@ def _zip_source(path: Path, archive: zipfile.ZipFile) -> Source:
         try:
             return archive.read(name)
         except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError, EOFError) as error:
-            raise ValueError(
-                f"{path}, {name}: expected a readable file, got {error}; the zip is damaged"
-            ) from error
+            raise ValueError(f"{path}, {name}: expected a readable file, got {error}; the zip is damaged") from error
 
     return Source(path, frozenset(info.filename for info in archive.infolist() if not info.is_dir()), read)
 
@@ -246,9 +224,7 @@ def _from_folders(source: Source, file: str, name: str, tasks: Mapping[str, str]
 
 def _rows(source: Source, table: str, columns: set[str]) -> list[dict[str, str]]:
     if table not in source.names:
-        raise ValueError(
-            f"{source.path}: expected the table {table}, got none of that name; set table to null if so"
-        )
+        raise ValueError(f"{source.path}: expected the table {table}, got none of that name; set table to null if so")
     try:
         text = source.read(table).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -274,13 +250,9 @@ def _from_row(
 ) -> Picture:
     name = row[FILE_COLUMN]
     if name not in files:
-        raise ValueError(
-            f"{source.path}, {table}: expected a picture in the source, got {name!r}, which is not there"
-        )
+        raise ValueError(f"{source.path}, {table}: expected a picture in the source, got {name!r}, which is not there")
     labels = {task: row[column] for task, column in tasks.items()}
     if missing := sorted(task for task, label in labels.items() if not label):
-        raise ValueError(
-            f"{source.path}, {table}: expected a class of {missing} for {name}, got an empty cell"
-        )
+        raise ValueError(f"{source.path}, {table}: expected a class of {missing} for {name}, got an empty cell")
     group = row[split_column] if split_column else name.split("/")[0] if "/" in name else None
     return Picture(files[name], name, labels, group)

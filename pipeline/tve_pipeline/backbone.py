@@ -128,9 +128,7 @@ def trained_backbone(
         ValueError: a task that the pictures have no labels for, or what `train_backbone` refuses.
     """
     if training.task not in shards.tasks:
-        raise ValueError(
-            f"backbone.train.task: expected one of {', '.join(shards.tasks)}, got {training.task!r}"
-        )
+        raise ValueError(f"backbone.train.task: expected one of {', '.join(shards.tasks)}, got {training.task!r}")
     start = build_backbone(name, params, "random")
     train, test = (labelled_pictures(shards, split, start) for split in (TRAIN_SPLIT, TEST_SPLIT))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -167,9 +165,7 @@ def labelled_pictures(shards: Shards, split: str, backbone: Backbone) -> Labelle
             assert sample.labels is not None
             for task, label in sample.labels.items():
                 labels[task].append(label)
-    return LabelledPictures(
-        torch.cat(images), {task: torch.tensor(values) for task, values in labels.items()}, keys
-    )
+    return LabelledPictures(torch.cat(images), {task: torch.tensor(values) for task, values in labels.items()}, keys)
 
 
 def task_readings(labels: Mapping[str, Tensor], task: str, num_classes: int) -> dict[str, Tensor]:
@@ -196,11 +192,7 @@ def accuracies(
     num_patches = model.patch_embed.num_patches
     predicted = []
     for images in torch.split(pictures.images, BATCH_SIZE):
-        kept_BK = (
-            random_patches(len(images), num_patches, num_patches // 2, generator).to(device)
-            if halves
-            else None
-        )
+        kept_BK = random_patches(len(images), num_patches, num_patches // 2, generator).to(device) if halves else None
         predicted.append(classify_kept(model, images.float().to(device), kept_BK).argmax(1).cpu())
     predicted_M = torch.cat(predicted)
     return {

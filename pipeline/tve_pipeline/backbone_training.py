@@ -37,9 +37,7 @@ class BackboneTrainingConfig:
     keep_fraction_high: float
     warmup_share: float  # of the steps: the learning rate rises; then it falls to 0 along a cosine
     warp_pixels: float  # standard deviation of the displacement of the warp's control points
-    finish_share: (
-        float  # of the steps, the last ones: no warp, and `finish_full_share` in place of `full_share`
-    )
+    finish_share: float  # of the steps, the last ones: no warp, and `finish_full_share` in place of `full_share`
     finish_full_share: float
     seed: int
 
@@ -84,9 +82,7 @@ def train_backbone(
                 images = warp(images, config.warp_pixels, generator)
             kept_BK = draw_kept(len(batch), num_patches, finishing, config, generator)
             with torch.autocast(device.type, torch.bfloat16):
-                logits = classify_kept(
-                    transformer, images.to(device), None if kept_BK is None else kept_BK.to(device)
-                )
+                logits = classify_kept(transformer, images.to(device), None if kept_BK is None else kept_BK.to(device))
             loss = nn.functional.cross_entropy(
                 logits.float(), labels_M[batch].to(device), label_smoothing=config.label_smoothing
             )
@@ -160,14 +156,10 @@ def _require_trainable(
             f"got {type(model).__name__}; give a weights file"
         )
     if len(images) < config.batch_size:
-        raise ValueError(
-            f"batch_size: expected at most the {len(images)} training pictures, got {config.batch_size}"
-        )
+        raise ValueError(f"batch_size: expected at most the {len(images)} training pictures, got {config.batch_size}")
     highest = int(labels_M.max())
     if not isinstance(model.head, nn.Linear) or model.head.out_features <= highest:
-        raise ValueError(
-            f"num_classes: expected a classifier of at least {highest + 1} classes, got {model.head}"
-        )
+        raise ValueError(f"num_classes: expected a classifier of at least {highest + 1} classes, got {model.head}")
     return model
 
 
@@ -200,9 +192,7 @@ def _share_of_peak(step: int, config: BackboneTrainingConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (config.num_steps - warmup_steps)))
 
 
-def _update(
-    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor, learning_rate: float
-) -> None:
+def _update(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor, learning_rate: float) -> None:
     model.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)

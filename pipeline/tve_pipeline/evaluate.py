@@ -84,9 +84,7 @@ def main(argv: list[str]) -> None:
         evaluate(explainer, heads, shards, params, results)
 
 
-def load_task_heads(
-    folder: Path, backbone: Backbone, tasks: Mapping[str, tuple[str, ...]]
-) -> dict[str, TaskHead]:
+def load_task_heads(folder: Path, backbone: Backbone, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, TaskHead]:
     """The heads of a dataset's tasks, checked against the backbone and the dataset's classes.
 
     Raises:
@@ -129,9 +127,7 @@ def evaluate(
     backbone, trained_for = explainer.backbone, explainer.config.removal
     level_sizes(params.fractions, backbone.patches_per_side**2)
     evaluators = {
-        removal: CoalitionEvaluator(
-            backbone, removal, memory_mib=params.memory_mib, precision=params.precision
-        )
+        removal: CoalitionEvaluator(backbone, removal, memory_mib=params.memory_mib, precision=params.precision)
         for removal in dict.fromkeys((*params.removals, trained_for))
     }
     empty_D = evaluators[trained_for].empty()
@@ -149,9 +145,7 @@ def evaluate(
     )
     with writer, clock("total"), tqdm(total=num_pictures, unit="picture", desc="evaluate") as progress:
         for samples in batches(shards, params, num_pictures):
-            images = torch.stack([backbone.preprocess(decode_image(sample.image)) for sample in samples]).to(
-                device
-            )
+            images = torch.stack([backbone.preprocess(decode_image(sample.image)) for sample in samples]).to(device)
             with clock("tve"):
                 predicted = explainer(images)
             with clock("exact_windows"):
@@ -172,9 +166,7 @@ def evaluate(
     suffix = "" if params.window_mean else "_u"
     accuracy = {task: head.test_accuracy for task, head in heads.items()}
     others = {"seconds": clock.seconds, "trained_for": trained_for}
-    writer.finish(
-        Facts(accuracy, "tve" + suffix, "exact_windows" + suffix, params.num_bootstrap, params.seed, others)
-    )
+    writer.finish(Facts(accuracy, "tve" + suffix, "exact_windows" + suffix, params.num_bootstrap, params.seed, others))
 
 
 def method_maps(
@@ -189,8 +181,7 @@ def method_maps(
     """Every method's map [B, P, P] of every task's predicted class, by (task, method)."""
     radius = explainer.config.radius
     rules = {
-        suffix: TransferRule(radius, params.output, window_mean=mean)
-        for suffix, mean in (("", True), ("_u", False))
+        suffix: TransferRule(radius, params.output, window_mean=mean) for suffix, mean in (("", True), ("_u", False))
     }
     device = predicted.full_BD.device
     controls = control_maps(keys, explainer.backbone.patches_per_side, radius, params.seed)

@@ -80,13 +80,9 @@ class EvaluationWriter:
         self.num_pictures = num_pictures
         self.num_seen = 0
         # Spread evenly: where shards are sorted by class, the first pictures would all be of one.
-        self.shown = set(
-            np.linspace(0, num_pictures - 1, min(num_heatmaps, num_pictures)).round().astype(int).tolist()
-        )
+        self.shown = set(np.linspace(0, num_pictures - 1, min(num_heatmaps, num_pictures)).round().astype(int).tolist())
         self.scores: dict[tuple[str, Cell], list[NDArray[np.float64]]] = defaultdict(list)  # each [B, 2]
-        self.curves: dict[
-            tuple[str, Cell], NDArray[np.float64]
-        ] = {}  # sums over pictures [2, F]: removed, kept
+        self.curves: dict[tuple[str, Cell], NDArray[np.float64]] = {}  # sums over pictures [2, F]: removed, kept
         self.densities: dict[Cell, list[NDArray[np.float64]]] = defaultdict(list)  # each [B, 2]: own, other
         self.images: list[NDArray[np.uint8]] = []
         self.maps: dict[Cell, list[NDArray[np.float32]]] = defaultdict(list)
@@ -159,10 +155,7 @@ class EvaluationWriter:
 
     def _add_densities(self, batch: BatchResults) -> None:
         objects_BOPP = torch.stack(
-            [
-                object_patches(sample, len(self.mask_objects), self.backbone.patches_per_side)
-                for sample in batch.samples
-            ]
+            [object_patches(sample, len(self.mask_objects), self.backbone.patches_per_side) for sample in batch.samples]
         ).to(batch.images_B3SS.device)
         present = dict(zip(self.mask_objects, objects_BOPP.unbind(1), strict=True))
         for (task, method), scored in batch.maps.items():
@@ -186,9 +179,7 @@ class EvaluationWriter:
                 entry["predicted"].append(self.classes[task][predicted])
                 entry["label"].append(self.classes[task][label_of(sample, task)])
 
-    def _metrics(
-        self, scores: Mapping[tuple[str, Cell], NDArray[np.float64]], facts: Facts
-    ) -> dict[str, Any]:
+    def _metrics(self, scores: Mapping[tuple[str, Cell], NDArray[np.float64]], facts: Facts) -> dict[str, Any]:
         intervals = differences(scores, facts)
         tasks: dict[str, Any] = {
             task: {
@@ -209,9 +200,7 @@ class EvaluationWriter:
             if method != facts.reference:
                 tasks[task]["differences"].setdefault(removal, {})[method] = {
                     name: {"mean": i.mean, "low": i.low, "high": i.high}
-                    for name, i in zip(
-                        FIDELITIES, intervals[removal, (task, method), facts.reference], strict=True
-                    )
+                    for name, i in zip(FIDELITIES, intervals[removal, (task, method), facts.reference], strict=True)
                 }
         for task, entry in tasks.items():
             for removal in dict.fromkeys(removal for removal, _ in scores):
@@ -220,9 +209,7 @@ class EvaluationWriter:
                     for method in (facts.reference, "random", facts.exact)
                 }
                 entry["share_of_way"][removal] = {
-                    name: share_of_way(
-                        *(float(means[m][i]) for m in (facts.reference, "random", facts.exact))
-                    )
+                    name: share_of_way(*(float(means[m][i]) for m in (facts.reference, "random", facts.exact)))
                     if intervals[removal, (task, "random"), facts.exact][i].excludes_zero
                     else None
                     for i, name in enumerate(FIDELITIES)
@@ -253,9 +240,7 @@ def differences(
         for minuend in (facts.reference, facts.exact)
         if method != minuend and (minuend == facts.reference or method == "random")
     ]
-    columns = [
-        scores[removal, (cell[0], minuend)] - scores[removal, cell] for removal, cell, minuend in pairs
-    ]
+    columns = [scores[removal, (cell[0], minuend)] - scores[removal, cell] for removal, cell, minuend in pairs]
     intervals = paired_bootstrap(np.concatenate(columns, axis=1), facts.num_bootstrap, facts.seed)
     return {pair: intervals[2 * i : 2 * i + 2] for i, pair in enumerate(pairs)}
 
@@ -282,8 +267,6 @@ def object_patches(sample: Sample, num_objects: int, patches_per_side: int) -> T
 
 def shown_pixels(image_3SS: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
     """What the model saw, as pixels [S, S, 3]."""
-    mean, std = (
-        image_3SS.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std)
-    )
+    mean, std = (image_3SS.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
     pixels = ((image_3SS * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
     return pixels.permute(1, 2, 0).cpu().numpy()

@@ -9,9 +9,9 @@ date is a task of a second that says so.
 import os
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
-import networkx
 from dvc.repo import Repo
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -42,16 +42,15 @@ def reproduce_stage(stage: str) -> None:
         for line in process.stdout:
             logger.info(line.rstrip())
     if process.returncode != 0:
-        raise RuntimeError(
-            f"{stage}: expected exit code 0 of `dvc repro`, got {process.returncode}; see its log"
-        )
+        raise RuntimeError(f"{stage}: expected exit code 0 of `dvc repro`, got {process.returncode}; see its log")
 
 
 def stages_in_order() -> list[str]:
     """The active profile's stages, each after those that it depends on."""
     with Repo() as repo:
         graph = repo.index.graph  # edges lead from a stage to those that it depends on
-        return [stage.addressing for stage in networkx.dfs_postorder_nodes(graph)]
+        order = TopologicalSorter({stage: list(graph.successors(stage)) for stage in graph})
+        return [stage.addressing for stage in order.static_order()]
 
 
 if __name__ == "__main__":

@@ -56,9 +56,7 @@ def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: P
         ValueError: a dataset without tasks, or with too few pictures for one of them.
     """
     if not shards.tasks:
-        raise ValueError(
-            f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels"
-        )
+        raise ValueError(f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels")
     train = embed_pictures(backbone, shards, TRAIN_SPLIT, limit=params.max_train)
     test = embed_pictures(backbone, shards, TEST_SPLIT)
     tasks = {

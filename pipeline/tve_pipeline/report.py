@@ -24,7 +24,7 @@ from pydantic import Field
 
 from tve import figures
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import RunParams, Section, load_params, active_profile, load_section
+from tve_pipeline.params import RunParams, Section, active_profile, load_params, load_section
 from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, heatmap_boards
 from tve_pipeline.report_results import FIDELITIES, Results, read_results
 from tve_pipeline.report_tables import (
@@ -32,8 +32,8 @@ from tve_pipeline.report_tables import (
     density_table,
     difference_table,
     fidelity_table,
+    methods_of,
     number,
-    percent,
     removals_of,
     share_row,
 )
@@ -92,7 +92,7 @@ def write_report(report: Report, folder: Path) -> None:
     prefixes = {name: f"{name}, " if len(names) > 1 else "" for name in names}
     panels = [panel for name in names for panel in _curves(report, name, report.trained_for[name], prefixes[name])]
     trainings = [training for name in names if (training := _training(results, name))]
-    _save(board_figure(boards) if boards else None, folder / "heatmaps.png", "heatmaps")
+    _save(board_figure(boards) if boards else None, folder / "heatmaps.png", "heatmaps", dots_per_inch=120)
     _save(figures.fidelity_curves(panels, 2) if panels else None, folder / "curves.png", "fidelity curves")
     _save(figures.training_curves(trainings) if trainings else None, folder / "training.png", "training curves")
 
@@ -114,7 +114,6 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
         jpeg=_jpeg,
         learned=[_learned(results, name) for name in results.backbones],
         backbones=[_backbone_section(report, name) for name in results.backbones],
-        legend=[figures.style_of(method) for method in reversed(CURVE_METHODS)],
         ink=figures.INK,
         protocol=protocol(results, report.sections),
         glossary=GLOSSARY,
@@ -146,10 +145,13 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
         for column in columns_of(report.results, backbone)
     ]
     datasets = {column["dataset"]: sum(c["dataset"] == column["dataset"] for c in columns) for column in columns}
+    present = {method for group in methods_of(columns) for method in group}
     return {
         "name": backbone,
         "columns": columns,
         "datasets": datasets,
+        "name_datasets": len(datasets) > 1 and any(column["dataset"] != column["task"] for column in columns),
+        "legend": [figures.style_of(method) for method in reversed(CURVE_METHODS) if method in present],
         "density": density_table(columns),
         "removals": [
             {
@@ -170,24 +172,24 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
 
 def _accuracies(results: Results, backbone: str, column: dict[str, Any]) -> dict[str, str]:
     head = results.heads.get((backbone, column["dataset"]), {}).get(column["task"], {})
-    scored = (column["result"] or {}).get("accuracy")
-    return {name: _accuracy(head.get(f"{name}_accuracy")) for name in ("test", "train")} | {"scored": _accuracy(scored)}
+    return {name: _accuracy(head.get(f"{name}_accuracy")) for name in ("test", "train")}
 
 
 def _accuracy(value: float | None) -> str:
-    return "–" if value is None else f"{value:.1%}".replace("%", " %")
+    return "–" if value is None else f"{value:.1%}".replace("%", "\u00a0%")
 
 
 def _learned(results: Results, backbone: str) -> dict[str, Any]:
     """One backbone's rows of the table of R², and its training curve."""
     found = results.pretraining.get(backbone)
+    drop = results.backbone_metrics.get(backbone, {}).get("accuracy_drop_on_random_halves")
+    halves = None if drop is None else f"{100 * drop:.0f}"
     if found is None:
-        return {"name": backbone, "rows": None, "curve": None, "halves": None}
+        return {"name": backbone, "rows": None, "curve": None, "halves": halves}
     metrics = found.metrics
     trivial = {"kept": metrics.get("trivial_mean_r2_kept"), "removed": metrics.get("trivial_full_r2_removed")}
     about = {"kept": ("ĝ, window kept", "mean of g over the data"), "removed": ("ĥ, window removed", "ĥ = G(x)")}
     training = _training(results, backbone)
-    halves = metrics.get("accuracy_drop_on_random_halves")
     return {
         "name": backbone,
         "rows": [
@@ -202,7 +204,7 @@ def _learned(results: Results, backbone: str) -> dict[str, Any]:
             for name, (label, answer) in about.items()
         ],
         "curve": _svg(figures.training_curves([training]), f"R² during pre-training, {backbone}") if training else None,
-        "halves": None if halves is None else percent(halves),
+        "halves": halves,
     }
 
 
@@ -211,12 +213,10 @@ def _curves(report: Report, backbone: str, removal: str, prefix: str = "") -> li
     panels = []
     for dataset in report.results.datasets:
         evaluation = report.results.evaluations.get((backbone, dataset))
-        for task in evaluation.tasks if evaluation else ():
-            found = (
-                {method: evaluation.curves.get((task, removal, method)) for method in CURVE_METHODS}
-                if evaluation
-                else {}
-            )
+        if evaluation is None:
+            continue
+        for task in evaluation.tasks:
+            found = {method: evaluation.curves.get((task, removal, method)) for method in CURVE_METHODS}
             lines = {method: points for method, points in found.items() if points}
             for what, direction, value in PANELS if lines else ():
                 fractions = [point[0] for point in next(iter(lines.values()))]
@@ -237,8 +237,8 @@ def _training(results: Results, backbone: str) -> figures.Training | None:
     return figures.Training(backbone, measured["step"], {name: measured[name] for name in trivial}, trivial)
 
 
-def _save(figure: "Figure | None", path: Path, what: str) -> None:
-    figures.save_png(figures.note(f"{what}: missing") if figure is None else figure, path)
+def _save(figure: "Figure | None", path: Path, what: str, dots_per_inch: int = 160) -> None:
+    figures.save_png(figures.note(f"{what}: missing") if figure is None else figure, path, dots_per_inch)
 
 
 def _write_fidelity(results: Results, path: Path) -> None:

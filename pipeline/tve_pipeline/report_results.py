@@ -97,13 +97,17 @@ class Results:
 def read_results(folder: Path, backbones: tuple[str, ...], datasets: tuple[str, ...]) -> Results:
     """The results under `folder` (results/P) for these backbones and datasets."""
     pairs = {(backbone, dataset): f"{backbone}-{dataset}" for backbone in backbones for dataset in datasets}
+    evaluations = {pair: _evaluation(folder / "evaluate" / name) for pair, name in pairs.items()}
+    pretraining = {name: _pretraining(folder / "pretrain" / name) for name in backbones}
+    heads = {pair: _metrics(folder / "heads" / name) for pair, name in pairs.items()}
+    backbone_metrics = {name: _metrics(folder / "backbone" / name) for name in backbones}
     return Results(
         backbones,
         datasets,
-        evaluations={pair: found for pair, name in pairs.items() if (found := _evaluation(folder / "evaluate" / name))},
-        pretraining={name: found for name in backbones if (found := _pretraining(folder / "pretrain" / name))},
-        heads={pair: found for pair, name in pairs.items() if (found := _metrics(folder / "heads" / name))},
-        backbone_metrics={name: found for name in backbones if (found := _metrics(folder / "backbone" / name))},
+        {pair: found for pair, found in evaluations.items() if found},
+        {name: found for name, found in pretraining.items() if found},
+        {pair: found for pair, found in heads.items() if found},
+        {name: found for name, found in backbone_metrics.items() if found},
     )
 
 

@@ -7,6 +7,7 @@ from tve.figures import style_of
 from tve_pipeline.report_results import CONTROLS, FIDELITIES, REFERENCES, Results
 
 GROUPS = (("tve", "tve_u", "tve_hg"), CONTROLS, REFERENCES)
+DENSITY_METHODS = ("tve", "tve_u", "tve_hg", "random", "exact_windows", "exact_windows_u")
 SIGN_OF_BETTER = {"fidelity_plus": 1, "fidelity_minus": -1}
 Cell = dict[str, Any] | None
 
@@ -93,23 +94,15 @@ def difference_table(columns: list[dict[str, Any]], removal: str) -> list[dict[s
     return rows
 
 
-def density_table(columns: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of object density, for the tasks that are about one object of the picture."""
+def density_table(columns: list[dict[str, Any]]) -> dict[str, Any]:
+    """Object density of the tasks that are about one object: {"tasks", "rows"}, a row {"label", "cells"} per method."""
+    densities = {column["task"]: found for column in columns if (found := (column["result"] or {}).get("density"))}
+    present = {method for found in densities.values() for method in found}
     rows = []
-    for column in columns:
-        for method, density in ((column["result"] or {}).get("density") or {}).items():
-            values = {name: density.get(name) for name in ("own", "other", "ratio")}
-            ratio = values["ratio"]
-            rows.append(
-                {
-                    "task": column["task"],
-                    "label": style_of(method).label,
-                    "own": number(values["own"]),
-                    "other": number(values["other"]),
-                    "ratio": "–" if ratio is None else f"{ratio:.1f} ×",
-                }
-            )
-    return rows
+    for method in (method for method in DENSITY_METHODS if method in present):
+        found = [density.get(method) for density in densities.values()]
+        rows.append({"label": style_of(method).label, "cells": [_density(cell) if cell else None for cell in found]})
+    return {"tasks": list(densities), "rows": rows}
 
 
 def verdict_of(difference: dict[str, float], fidelity: str) -> str:
@@ -130,15 +123,29 @@ def number(value: float | None, decimals: int = 3) -> str:
     return ("−" if value < 0 and float(text) else "") + (text[1:] if text.startswith("0.") else text)
 
 
+def times(ratio: float | None) -> str:
+    """A ratio; one above 100 says nothing more than that."""
+    return "–" if ratio is None else "> 100 ×" if ratio > 100 else f"{ratio:.1f} ×"
+
+
 def percent(value: float | None) -> str | None:
     """A share in whole percent; None where there is none."""
-    return None if value is None else f"{value * 100:.0f} %".replace("-", "−")
+    return None if value is None else f"{value * 100:.0f}\u00a0%".replace("-", "−")
 
 
 def _difference(difference: dict[str, float], fidelity: str) -> dict[str, str]:
-    mean = difference["mean"]
+    """What is shown of a difference; one that rounds to nothing is no difference, however sure its sign."""
+    mean, nothing = number(difference["mean"]), number(0.0)
     return {
-        "mean": ("+" if mean >= 0 else "") + number(mean),
+        "mean": "+" + mean if difference["mean"] > 0 and mean != nothing else mean,
         "interval": f"{number(difference['low'])} … {number(difference['high'])}",
-        "verdict": verdict_of(difference, fidelity),
+        "verdict": "unclear" if mean == nothing else verdict_of(difference, fidelity),
+    }
+
+
+def _density(density: dict[str, float | None]) -> dict[str, str]:
+    ratio = density["ratio"]
+    return {
+        "ratio": times(ratio),
+        "objects": f"{number(density['own'])} : {number(density['other'])}",
     }

@@ -4,8 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from tve_pipeline.report_results import CONTROLS, FIDELITIES, Results
-from tve_pipeline.report_tables import number, percent, verdict_of
+from tve_pipeline.report_tables import number, percent, times, verdict_of
 
+Words = tuple[str, list[dict[str, str]]]  # a sentence, and the large figures that it holds
 Sections = Mapping[str, Any]  # sections of params.yaml, as they stand there
 
 GLOSSARY = {
@@ -19,76 +20,38 @@ GLOSSARY = {
 }
 
 
-def headline(results: Results, trained_for: dict[str, str]) -> tuple[list[str], list[dict[str, str]]]:
+def headline(results: Results, trained_for: Mapping[str, str]) -> tuple[list[str], list[dict[str, str]]]:
     """The result in sentences, and as a few large figures {"value", "label"}; under the removal trained for."""
-    shares: dict[str, list[float]] = {fidelity: [] for fidelity in FIDELITIES}
-    verdicts: list[bool] = []  # one for each task of each backbone: is every control beaten in both fidelities?
-    ratios: list[float] = []
+    beaten: dict[str, bool] = {}  # of each task: is every control beaten in both fidelities?
+    shares: dict[str, dict[str, float]] = {fidelity: {} for fidelity in FIDELITIES}
+    ratios: dict[str, float] = {}
     for (backbone, _), evaluation in results.evaluations.items():
         removal = trained_for[backbone]
-        for task in evaluation.tasks.values():
-            differences = task.get("differences", {}).get(removal, {})
-            verdict = [
-                verdict_of(differences[name][f], f) for name in CONTROLS if name in differences for f in FIDELITIES
-            ]
-            if verdict:
-                verdicts.append(all(result == "better" for result in verdict))
-            for fidelity in FIDELITIES:
-                share = task.get("share_of_way", {}).get(removal, {}).get(fidelity)
-                shares[fidelity] += [] if share is None else [share]
-            ratio = ((task.get("density") or {}).get(evaluation.reference) or {}).get("ratio")
-            ratios += [] if ratio is None else [ratio]
+        for task, result in evaluation.tasks.items():
+            name = task if len(results.backbones) == 1 else f"{task} of {backbone}"
+            differences = result.get("differences", {}).get(removal, {})
+            found = [differences[control] for control in CONTROLS if control in differences]
+            if found:
+                beaten[name] = all(verdict_of(each[f], f) == "better" for each in found for f in FIDELITIES)
+            for fidelity, share in result.get("share_of_way", {}).get(removal, {}).items():
+                shares[fidelity] |= {} if share is None else {name: share}
+            ratio = ((result.get("density") or {}).get(evaluation.reference) or {}).get("ratio")
+            ratios |= {} if ratio is None else {name: ratio}
 
-    sentences, figures = [], []
-    explainers = results.pretraining.values()
-    if explainers:
-        kept, removed = (_range([e.metrics[f"r2_{name}"] for e in explainers], number) for name in ("kept", "removed"))
-        sentences.append(
-            f"One label-free pre-training explains {kept} of what differs from window to window inside a held-out "
-            f"picture when a window alone is kept (R² of ĝ), and {removed} when it is taken away (R² of ĥ)."
-        )
-        figures += [{"value": kept, "label": "R² of ĝ within a picture"}, {"value": removed, "label": "R² of ĥ"}]
-    if verdicts:
-        beaten, of = sum(verdicts), len(verdicts)
-        which = "every task" if beaten == of else f"{beaten} of {of} tasks" if beaten else "no task"
-        across = f" ({of} in all, over {len(results.evaluations)} pairs of backbone and dataset)" if of > 1 else ""
-        sentences.append(
-            f"On {which}{across}, TVE beats each of the controls in both fidelities with a 95 % interval clear of zero."
-        )
-        figures.append({"value": f"{beaten} / {of}", "label": "tasks on which every control is beaten"})
-    if shares["fidelity_plus"] and shares["fidelity_minus"]:
-        plus, minus = (_range(shares[fidelity], percent) for fidelity in FIDELITIES)
-        sentences.append(f"It covers {plus} (F⁺) and {minus} (F⁻) of the way from random maps to the exact windows.")
-        figures += [
-            {"value": plus, "label": "of the way to exact windows, F⁺"},
-            {"value": minus, "label": "of the way to exact windows, F⁻"},
-        ]
-    if ratios:
-        low = min(ratios)
-        sentences.append(
-            f"The object that a task is about holds at least {low:.1f} times the positive attribution of the other one, "
-            "patch for patch."
-            if low >= 1
-            else f"In one task the wrong object holds more positive attribution than the right one ({low:.1f} ×)."
-        )
-        figures.append(
-            {
-                "value": f"{low:.1f} ×" if len(ratios) == 1 else f"≥ {low:.1f} ×",
-                "label": "density, right object / other",
-            }
-        )
-    if not sentences:
-        sentences.append("Nothing has been evaluated yet: every part of this report is missing.")
-    return sentences, figures
+    parts = [_learned_words(results), _beaten_words(beaten), _share_words(shares), _density_words(ratios)]
+    sentences = [sentence for sentence, _ in parts if sentence]
+    figures = [figure for _, large in parts for figure in large]
+    return sentences or ["Nothing has been evaluated yet: every part of this report is missing."], figures
 
 
 def protocol(results: Results, sections: Sections) -> list[str]:
     """How the numbers were made, a sentence each."""
-    evaluate = sections.get("evaluate", {})
+    evaluate = sections["evaluate"]
     sentences = [_backbone_words(name, sections["backbones"][name]) for name in results.backbones]
     sentences += [_pretraining_words(name, found.metrics) for name, found in results.pretraining.items()]
     sentences.append(
-        "Each task is a linear head on the frozen backbone's pooled embedding; the explainer never saw a head or a label."
+        "Each task is a linear head on the frozen backbone's pooled embedding; the explainer never saw a head or "
+        "a label."
     )
     evaluations = list(results.evaluations.values())
     if evaluations:
@@ -99,14 +62,15 @@ def protocol(results: Results, sections: Sections) -> list[str]:
             else "levels"
         )
         sentences += [
-            "The watched probability p(y|x) is that of the class y which the task's head predicts for the whole picture. "
-            f"S* are the patches of highest attribution, at {levels}; ties follow one fixed pseudo-random order.",
-            "Fidelity⁺ = p(y|x) − p(y|x without S*), higher is better. Fidelity⁻ = p(y|x) − p(y|x with S* only), lower is "
-            "better. Both are means over levels, then over pictures, ± the standard deviation over pictures.",
-            f"Intervals are 95 % paired bootstrap intervals over pictures ({evaluate.get('num_bootstrap', '?')} resamples) of "
-            "TVE minus the other method. Where an interval holds zero, nothing is claimed.",
-            f"TVE and the exact windows are read as the {str(evaluate.get('output', 'logit')).replace('_', '-')} of y. "
-            "Maps are never rescaled or clipped for a score; for display alone each takes its own scale, centred at zero.",
+            "The watched probability p(y|x) is that of the class y which the task's head predicts for the whole "
+            f"picture. S* are the patches of highest attribution, at {levels}; ties follow one fixed "
+            "pseudo-random order.",
+            "Fidelity⁺ = p(y|x) − p(y|x without S*), higher is better. Fidelity⁻ = p(y|x) − p(y|x with S* only), "
+            "lower is better. Both are means over levels, then over pictures, ± the standard deviation over pictures.",
+            f"Intervals of TVE minus another method are 95 % paired bootstrap intervals over pictures, of "
+            f"{_count(evaluate['num_bootstrap'])} resamples. Where an interval holds zero, nothing is claimed.",
+            f"TVE and the exact windows are read as the {evaluate['output'].replace('_', '-')} of y. Maps are never "
+            "rescaled or clipped for a score; for display alone each takes its own scale, centred at zero.",
         ]
     return sentences
 
@@ -134,14 +98,71 @@ def cut_short(results: Results, sections: Sections) -> list[str]:
                 f"{backbone} on {dataset} was scored on {_count(num_pictures)} of {_count(num_test)} test pictures."
             )
     for dataset in results.datasets:
-        splits = sections.get("datasets", {}).get(dataset, {}).get("splits") or {}
+        splits = sections["datasets"].get(dataset, {}).get("splits") or {}
         for split, values in splits.items():
             limit = values.get("limit") if isinstance(values, dict) else None
             if limit is not None:
                 sentences.append(f"{dataset}: at most {_count(limit)} pictures of the split {split} are used.")
-    if sections.get("heads", {}).get("max_train") is not None:
+    if sections["heads"]["max_train"] is not None:
         sentences.append(f"Heads are fitted on at most {_count(sections['heads']['max_train'])} pictures.")
     return sentences
+
+
+def _learned_words(results: Results) -> Words:
+    explainers = results.pretraining.values()
+    if not explainers:
+        return "", []
+    kept, removed = ([found.metrics[f"r2_{name}"] for found in explainers] for name in ("kept", "removed"))
+    return (
+        f"After one label-free pre-training, the explainer predicts {_range(kept, percent)} of what differs from "
+        "window to window inside a held-out picture when the window alone is kept (R² of ĝ), and "
+        f"{_range(removed, percent)} when it is taken away (R² of ĥ).",
+        [
+            {"value": _range(kept, number), "label": "R² of ĝ within a picture"},
+            {"value": _range(removed, number), "label": "R² of ĥ within a picture"},
+        ],
+    )
+
+
+def _beaten_words(beaten: Mapping[str, bool]) -> Words:
+    if not beaten:
+        return "", []
+    number_beaten, of = sum(beaten.values()), len(beaten)
+    others = ", ".join(name for name, won in beaten.items() if not won)
+    where = f"all {of} tasks" if not others else f"{number_beaten} of {of} tasks (not on {others})"
+    return (
+        f"On {where}, TVE beats each of the controls in both fidelities with a 95 % interval clear of zero."
+        if number_beaten
+        else "On no task does TVE beat each of the controls in both fidelities with a 95 % interval clear of zero.",
+        [{"value": f"{number_beaten} / {of}", "label": "tasks on which every control is beaten"}],
+    )
+
+
+def _share_words(shares: Mapping[str, Mapping[str, float]]) -> Words:
+    plus, minus = (shares[fidelity] for fidelity in FIDELITIES)
+    if not plus or not minus:
+        return "", []
+    covered = [_range(list(found.values()), percent) for found in (plus, minus)]
+    least = [f", least on {min(found, key=lambda n: found[n])}" if len(found) > 1 else "" for found in (plus, minus)]
+    return (
+        f"It covers {covered[0]} (F⁺{least[0]}) and {covered[1]} (F⁻{least[1]}) of the way from random maps to the "
+        "exact windows.",
+        [
+            {"value": covered[0], "label": "of the way to exact windows, F⁺"},
+            {"value": covered[1], "label": "of the way to exact windows, F⁻"},
+        ],
+    )
+
+
+def _density_words(ratios: Mapping[str, float]) -> Words:
+    if not ratios:
+        return "", []
+    name = min(ratios, key=lambda task: ratios[task])
+    return (
+        f"The object that a task is about holds {times(ratios[name])} the positive attribution of the other one, patch "
+        f"for patch, on {name}" + (", and more on every other task." if len(ratios) > 1 else "."),
+        [{"value": ("≥ " if len(ratios) > 1 else "") + times(ratios[name]), "label": "density, right object / other"}],
+    )
 
 
 def _documents(results: Results) -> Iterator[Mapping[str, Any]]:
@@ -162,7 +183,7 @@ def _backbone_words(name: str, params: Mapping[str, Any]) -> str:
     weights = {"train": "trained in its own stage", "timm": "with timm's weights", "random": "with random weights"}
     origin = weights.get(params["weights"], "with given weights")
     grid = f" on a grid of {side} × {side} patches" if side else ""
-    return f"Backbone {name}: {params['architecture']} {origin}{grid}, frozen; explained under removal “{params['removal']}”."
+    return f"Backbone {name}: {params['architecture']} {origin}{grid}, frozen; removal “{params['removal']}”."
 
 
 def _pretraining_words(name: str, metrics: Mapping[str, Any]) -> str:
@@ -190,4 +211,5 @@ def _count(value: int) -> str:
 
 def _range(values: list[float], write: Callable[[float], str | None]) -> str:
     low, high = str(write(min(values))), str(write(max(values)))
-    return low if low == high else f"{low.removesuffix(' %')} to {high}"
+    unit = "\u00a0%"
+    return low if low == high else f"{low.removesuffix(unit)} to {high}"

@@ -84,9 +84,7 @@ def write_pictures(folder: Path, name: str, dataset: PicturesDataset) -> None:
         )
 
 
-def plan_pictures(
-    source: Source, dataset: PicturesDataset
-) -> tuple[dict[str, list[Picture]], dict[str, list[str]]]:
+def plan_pictures(source: Source, dataset: PicturesDataset) -> tuple[dict[str, list[Picture]], dict[str, list[str]]]:
     """Which pictures go into each split, and the class names of each task; no picture is read.
 
     A task's classes are those of all pictures that splits choose from: a `limit` changes no class index.
@@ -112,9 +110,7 @@ def plan_pictures(
     return splits, tasks
 
 
-def _scene_samples(
-    pool: ProcessPoolExecutor, dataset: ScenesDataset, split: str, count: int
-) -> Iterator[Sample]:
+def _scene_samples(pool: ProcessPoolExecutor, dataset: ScenesDataset, split: str, count: int) -> Iterator[Sample]:
     make = partial(_scene_sample, dataset.seed, split, dataset.labelled)
     with tqdm(total=count, desc=split, unit="picture", disable=None) as progress:
         # By the shard: a pool's `map` makes everything it is given at once.
@@ -140,9 +136,7 @@ def _picture_samples(
     progress = tqdm(pictures, desc=split, unit="picture", disable=None)
     for number, picture in enumerate(progress):
         labels = {task: indices[task][name] for task, name in picture.labels.items()} if tasks else None
-        yield Sample(
-            f"{number:09d}", source.read(picture.file), picture.extension, labels, None, picture.name
-        )
+        yield Sample(f"{number:09d}", source.read(picture.file), picture.extension, labels, None, picture.name)
 
 
 if __name__ == "__main__":

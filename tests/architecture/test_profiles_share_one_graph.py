@@ -87,11 +87,7 @@ def test_the_report_comes_after_every_evaluation_and_the_check_before_everything
     order = stages_in_order()
     assert order[0] == "check@real"
     assert order[-1] == "report@real"
-    cells = [
-        f"{name}-{task}"
-        for name in ("vit_tiny", "deit_tiny")
-        for task in ("cats_dogs", "imagenette", "cifar10")
-    ]
+    cells = [f"{name}-{task}" for name in ("vit_tiny", "deit_tiny") for task in ("cats_dogs", "imagenette", "cifar10")]
     assert {f"evaluate@real-{cell}" for cell in cells} <= set(order)
     for name in ("vit_tiny", "deit_tiny"):
         stages = [f"{stage}@real-{name}" for stage in ("backbone", "pretrain", "export")]

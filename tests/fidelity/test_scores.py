@@ -58,9 +58,7 @@ def test_sharing_coalitions_gives_what_evaluating_each_gives(
         torch.testing.assert_close(found[name].minus_B, kept.mean(1), atol=1e-5, rtol=1e-4)
 
 
-def test_a_coalition_that_several_maps_share_is_evaluated_once(
-    backbone: Backbone, images: torch.Tensor
-) -> None:
+def test_a_coalition_that_several_maps_share_is_evaluated_once(backbone: Backbone, images: torch.Tensor) -> None:
     class Counting(CoalitionEvaluator):
         num_rows = 0
 
@@ -89,9 +87,7 @@ def test_equal_coalitions_of_different_pictures_stay_apart(backbone: Backbone, i
     head = nn.Linear(24, 3)
     same_map = torch.rand(1, PATCHES, PATCHES).expand(3, -1, -1)
     target = torch.tensor([0, 1, 2])
-    together = fidelity(
-        evaluator, images, evaluator.full(images), {"m": ScoredMap(same_map, head, target)}, FRACTIONS
-    )
+    together = fidelity(evaluator, images, evaluator.full(images), {"m": ScoredMap(same_map, head, target)}, FRACTIONS)
     for place in range(3):
         one, of_one = images[place : place + 1], ScoredMap(same_map[:1], head, target[place : place + 1])
         apart = fidelity(evaluator, one, evaluator.full(one), {"m": of_one}, FRACTIONS)

@@ -18,7 +18,7 @@ def test_the_interval_is_that_of_all_resamples_enumerated_by_hand() -> None:
 
 
 def test_two_pictures_give_three_possible_means() -> None:
-    """Means 0, 1/2, 1 with chances 1/4, 1/2, 1/4: the middle 40 % is 1/2 alone, the middle 95 % everything."""
+    """Means 0, 1/2, 1 with chances 1/4, 1/2, 1/4: the middle 40 % is 1/2 alone, the middle 95 % all."""
     differences = np.array([[0.0], [1.0]])
     (narrow,) = paired_bootstrap(differences, 10_000, seed=1, confidence=0.4)
     (wide,) = paired_bootstrap(differences, 10_000, seed=1, confidence=0.95)

@@ -93,9 +93,7 @@ def target_probability(head: Head, embeddings: Tensor, target_B: Tensor) -> Tens
     return probability.gather(-1, target)[..., 0]
 
 
-def _evaluate_once(
-    evaluator: CoalitionEvaluator, images_B3SS: Tensor, present_JB2FPP: Tensor
-) -> tuple[Tensor, Tensor]:
+def _evaluate_once(evaluator: CoalitionEvaluator, images_B3SS: Tensor, present_JB2FPP: Tensor) -> tuple[Tensor, Tensor]:
     """Embeddings [U, D] of the distinct (picture, coalition) rows, and each coalition's row [J, B, 2, F]."""
     shape = present_JB2FPP.shape[:-2]
     image_JB2F = torch.arange(shape[1], device=images_B3SS.device)[:, None, None].expand(shape)

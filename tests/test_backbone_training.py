@@ -1,0 +1,143 @@
+from dataclasses import replace
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from tve.backbones import load_backbone
+from tve.evaluator import CoalitionEvaluator
+from tve_pipeline.backbone import LabelledPictures, accuracies, task_readings
+from tve_pipeline.backbone_training import (
+    BackboneTrainingConfig,
+    classify_kept,
+    draw_kept,
+    random_patches,
+    train_backbone,
+    warp,
+)
+
+NUM_PICTURES = 128
+VIT = "vit_tiny_patch16_224"
+SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
+CONFIG = BackboneTrainingConfig(
+    num_steps=100,
+    batch_size=32,
+    learning_rate=3e-3,
+    weight_decay=0.05,
+    label_smoothing=0.0,
+    full_share=0.2,
+    keep_fraction_low=0.25,
+    keep_fraction_high=0.75,
+    warmup_share=0.1,
+    warp_pixels=0.5,
+    finish_share=0.1,
+    finish_full_share=1.0,
+    seed=0,
+)
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    made: nn.Module = timm.create_model(VIT, **SMALL_VIT)
+    return made
+
+
+def tinted(count: int) -> tuple[Tensor, Tensor]:
+    """Noise in which one colour is brighter, or none: the class."""
+    generator = torch.Generator().manual_seed(count)
+    labels_M = torch.randint(4, (count,), generator=generator)
+    tint_M3 = torch.eye(4)[labels_M, :3]
+    return (torch.randn(count, 3, 32, 32, generator=generator) + tint_M3[..., None, None]).half(), labels_M
+
+
+def train(config: BackboneTrainingConfig = CONFIG, images: Tensor | None = None) -> nn.Module:
+    made = model()
+    own_images, labels_M = tinted(NUM_PICTURES)
+    keys = [f"p{i}" for i in range(NUM_PICTURES)]
+    train_backbone(made, own_images if images is None else images, labels_M, keys, config)
+    return made
+
+
+def test_training_learns_from_partial_pictures_and_leaves_the_model_frozen() -> None:
+    made = train()
+    images, labels_M = tinted(200)
+    pictures = LabelledPictures(images, {"tint": labels_M}, [])
+    for halves, at_least in ((False, 0.9), (True, 0.7)):
+        assert accuracies(made, pictures, {"tint": torch.arange(4)}, halves=halves)["tint"] > at_least
+    assert not made.training
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+    assert all(block.attn.fused_attn == timm.create_model(VIT).blocks[0].attn.fused_attn for block in made.blocks)
+
+
+def test_the_seed_decides_what_is_learned() -> None:
+    short = replace(CONFIG, num_steps=3)
+    first, again, other = (
+        nn.utils.parameters_to_vector(train(config).parameters()) for config in (short, short, replace(short, seed=1))
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_pictures() -> None:
+    images, _ = tinted(NUM_PICTURES)
+    images[7] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"step \d+: expected a finite loss, got nan on pictures .*\bp7\b"):
+        train(images=images)
+
+
+def test_training_refuses_what_it_cannot_train() -> None:
+    images, labels_M = tinted(16)
+    keys = [""] * 16
+    with pytest.raises(ValueError, match=r"expected a plain vision transformer .* got ResNet"):
+        train_backbone(timm.create_model("resnet18", channels=(8, 8, 8, 8)), images, labels_M, keys, CONFIG)
+    with pytest.raises(ValueError, match="batch_size: expected at most the 16 training pictures, got 32"):
+        train_backbone(model(), images, labels_M, keys, CONFIG)
+    with pytest.raises(ValueError, match="num_classes: expected a classifier of at least 9 classes"):
+        train_backbone(model(), images, labels_M + 8 - labels_M.max(), keys, replace(CONFIG, batch_size=8))
+
+
+@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
+def test_classifying_kept_patches_is_the_operator_drop(changes: dict[str, object]) -> None:
+    torch.manual_seed(0)
+    backbone = load_backbone(VIT, "random", timm_args=SMALL_VIT | changes)
+    images = torch.randn(5, 3, 32, 32)
+    kept_BK = random_patches(5, 16, 6, torch.Generator().manual_seed(0))
+    present = torch.zeros(5, 16, dtype=torch.bool).scatter_(1, kept_BK, True).reshape(5, 1, 4, 4)
+    classifier = backbone.classifier()
+    assert classifier is not None
+    expected = classifier(CoalitionEvaluator(backbone, "drop")(images, present)[:, 0])
+    torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(classify_kept(backbone.model, images, None), backbone.model(images))
+
+
+def test_kept_patches_differ_and_their_number_lies_in_the_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    draws = [draw_kept(3, 16, False, CONFIG, generator) for _ in range(300)]
+    partial = [kept_BK for kept_BK in draws if kept_BK is not None]
+    assert 0.12 < 1 - len(partial) / len(draws) < 0.28
+    assert {kept_BK.shape[1] for kept_BK in partial} == set(range(4, 13))
+    assert all(len(set(row)) == len(row) for kept_BK in partial for row in kept_BK.tolist())
+    assert all(draw_kept(3, 16, True, CONFIG, generator) is None for _ in range(20))
+
+
+def test_a_warp_moves_pixels_by_about_as_much_as_it_says() -> None:
+    ramp = torch.arange(32.0).expand(64, 3, 32, 32)  # the value of a pixel is its column
+    assert warp(ramp, 0.0, torch.Generator()) is ramp
+    moved = warp(ramp, 0.8, torch.Generator().manual_seed(0))[..., 8:24, 8:24] - ramp[..., 8:24, 8:24]
+    assert abs(moved.mean()) < 0.1
+    assert 0.4 < moved.std() < 0.9
+    assert torch.equal(moved[:, 0], moved[:, 2])
+
+
+def test_a_joint_class_tells_the_tasks_that_it_decides() -> None:
+    labels = {
+        "joint": torch.tensor([0, 1, 2, 3, 0]),
+        "digit": torch.tensor([0, 0, 1, 1, 0]),
+        "colour": torch.tensor([0, 0, 0, 0, 1]),
+    }
+    readings = task_readings(labels, "joint", num_classes=5)
+    assert {task: reading.tolist() for task, reading in readings.items()} == {
+        "joint": [0, 1, 2, 3, -1],
+        "digit": [0, 0, 1, 1, -1],
+    }

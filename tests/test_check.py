@@ -1,0 +1,122 @@
+"""Stage check: everything wrong with a profile is one clear error, before any long work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tve_pipeline.check import check_backbone, check_run, check_source, main, parse_profile
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def write(profile: str = "scenes", **changes: Any) -> None:
+    """The profile as ./params.yaml, with keys such as `run__datasets` changed; `...` takes the key away."""
+    document = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    for path, value in changes.items():
+        *parents, key = path.split("__")
+        section = document
+        for parent in parents:
+            section = section[parent]
+        section[key] = value
+        if value is ...:
+            del section[key]
+    Path("params.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+
+
+@pytest.mark.parametrize("profile", ["scenes", "real", "paper", "paper_dry"])
+def test_every_profile_names_only_what_it_defines(project: Path, profile: str) -> None:
+    write(profile)
+    check_run(parse_profile())
+
+
+def test_a_passed_check_writes_the_same_whatever_the_numbers(project: Path) -> None:
+    written = []
+    for num_steps in (100, 200):
+        write(pretrain__num_steps=num_steps)
+        main([])
+        written.append((project / "results/scenes/check/params.json").read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hedas": {}}, "unknown section 'hedas'; known sections: profile, datasets"),
+        ({"heads": ...}, "missing section 'heads'"),
+        ({"heads__max_iters": 3}, "heads.max_iters: unknown key; known keys: max_train, regularization, max_iter"),
+        ({"evaluate__removals": ["blur"]}, "evaluate.removals.0"),
+    ],
+)
+def test_a_wrong_section_or_key_is_named(project: Path, changes: dict[str, Any], message: str) -> None:
+    write(**changes)
+    with pytest.raises(ValueError, match=message):
+        parse_profile()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run__backbones": ["resnet"]}, "run.backbones: expected one of vit_scenes, got 'resnet'"),
+        ({"run__datasets": ["scenes", "scenes"]}, "run.datasets: expected each name once"),
+        ({"run__task_datasets": ["birds"]}, "run.task_datasets: expected one of scenes_unlabelled, scenes"),
+        ({"run__pretrain_dataset": "scenes"}, "expected pictures without labels, got 'scenes'"),
+        ({"run__task_datasets": ["scenes_unlabelled"]}, "expected labelled pictures, got 'scenes_unlabelled'"),
+        ({"backbone__train": None}, "backbone.train: expected values"),
+        ({"backbone__train__task": "size"}, "backbone.train.task: expected one of digit, parity"),
+        ({"run__backbone_reads": "elsewhere"}, "expected data/scenes/shards/scenes, got elsewhere"),
+        ({"evaluate__split": "val"}, "datasets.scenes: expected a split 'val', got splits train, test"),
+        ({"datasets__scenes__splits": {"training": 3}}, "datasets.scenes.splits: expected one of pretrain"),
+    ],
+)
+def test_a_name_that_is_not_defined_is_refused(project: Path, changes: dict[str, Any], message: str) -> None:
+    write(**changes)
+    with pytest.raises(ValueError, match=message):
+        check_run(parse_profile())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architecture": "vit_tinny"}, "backbones.vit_scenes: .*expected a timm model name, got 'vit_tinny'"),
+        ({"patches_per_side": 7}, "patches_per_side: expected a divisor of 64 pixels, got 7"),
+        ({"patches_per_side": 4}, "'drop' expected the model's own 8 x 8 patches, got a grid of 4"),
+        ({"timm_args": {"img_size": 64, "patch_size": 8, "num_classes": 10}}, "num_classes: expected 40 .*got 10"),
+    ],
+)
+def test_a_backbone_that_cannot_be_built_or_dropped_from_is_refused(
+    project: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(**{f"backbones__vit_scenes__{key}": value for key, value in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        check_backbone("vit_scenes", parse_profile())
+
+
+def test_a_window_as_large_as_the_picture_is_refused(project: Path) -> None:
+    write(pretrain__radius=8)
+    with pytest.raises(ValueError, match=r"backbones\.vit_scenes: radius: expected 0 to 7"):
+        check_backbone("vit_scenes", parse_profile())
+
+
+def test_missing_weights_and_sources_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TVE_DATA", str(project))
+    write("real")
+    profile = parse_profile()
+    with pytest.raises(FileNotFoundError, match=r"vit_tiny_patch16_224\.safetensors"):
+        check_backbone("vit_tiny", profile)
+    with pytest.raises(ValueError, match=r"datasets\.pool: .*pretrain_pool_160\.zip"):
+        check_source("pool", profile.datasets["pool"])
+
+
+def test_a_source_without_pictures_is_refused(project: Path) -> None:
+    (project / "pictures").mkdir()
+    write("real", datasets__pool__source="pictures", datasets__pool__sha256=None)
+    with pytest.raises(ValueError, match=r"datasets\.pool: "):
+        check_source("pool", parse_profile().datasets["pool"])

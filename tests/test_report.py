@@ -1,0 +1,262 @@
+"""Stage report: one page from whatever results there are."""
+
+import csv
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from tve_pipeline.report import main
+from tve_pipeline.report_results import read_results
+from tve_pipeline.report_tables import columns_of, difference_table, fidelity_table, number, percent
+from tve_pipeline.report_words import headline
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = {"tve": 0.3, "tve_u": 0.25, "random": 0.1, "random_blurred": 0.12, "centre": 0.11, "exact_windows": 0.4}
+OUTPUTS = {"report.html", "metrics.json", "fidelity.csv", "training.csv", "heatmaps.png", "curves.png", "training.png"}
+
+
+def write_json(path: Path, document: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document))
+
+
+def pair(plus: float, minus: float, **more: float) -> dict[str, dict[str, float]]:
+    return {"fidelity_plus": {"mean": plus} | more, "fidelity_minus": {"mean": minus} | more}
+
+
+def interval(mean: float) -> dict[str, float]:
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02}
+
+
+def task_result(removals: tuple[str, ...], density: bool) -> dict[str, Any]:
+    differences = {
+        method: {"fidelity_plus": interval(0.3 - score), "fidelity_minus": interval(score - 0.3)}
+        for method, score in METHODS.items()
+        if method != "tve"
+    }
+    return {
+        "accuracy": 0.95,
+        "methods": {m: {r: pair(score, 0.5 - score, std=0.2) for r in removals} for m, score in METHODS.items()},
+        "differences": dict.fromkeys(removals, differences),
+        "share_of_way": {r: {"fidelity_plus": 0.667, "fidelity_minus": None} for r in removals},
+        "density": {"tve": {"own": 0.6, "other": 0.2, "ratio": 3.0}} if density else None,
+    }
+
+
+def write_evaluation(folder: Path, tasks: tuple[str, ...], removals: tuple[str, ...] = ("drop",)) -> None:
+    rng = np.random.default_rng(0)
+    results = {task: task_result(removals, density=task == "digit") for task in tasks}
+    write_json(folder / "metrics.json", {"num_pictures": 30, "reference": "tve", "tasks": results})
+    with (folder / "curves.csv").open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["task", "method", "removal", "fraction", "kept_probability_drop", "removed_probability_drop"])
+        cells = [(task, method, removal) for task in tasks for method in METHODS for removal in removals]
+        rows.writerows((*cell, fraction, 0.5 - fraction / 2, fraction) for cell in cells for fraction in (0.3, 0.7))
+    maps = {f"{t}/{m}": rng.normal(size=(2, 4, 4)).astype(np.float32) for t in tasks for m in METHODS}
+    np.savez(folder / "heatmaps.npz", images=rng.integers(0, 256, (2, 16, 16, 3), dtype=np.uint8), **maps)
+    names = {"predicted": ["<four>", "five"], "label": ["<four>", "six"]}
+    described = {"keys": ["000", "001"], "names": ["a", "b"], "tasks": dict.fromkeys(tasks, names)}
+    write_json(folder / "heatmaps.json", described)
+
+
+def write_pretraining(folder: Path) -> None:
+    numbers = {"r2_kept": 0.5, "r2_removed": 0.7, "r2_kept_centred": 0.5, "r2_removed_centred": 0.7}
+    trivial = {"trivial_mean_r2_kept": -0.05, "trivial_full_r2_removed": -0.1}
+    write_json(folder / "metrics.json", numbers | trivial | {"num_steps": 20, "elapsed_s": 240.0, "removal": "drop"})
+    text = "step,loss,r2_kept,r2_removed\n1,2.0,,\n10,1.5,0.3,0.5\n20,1.2,0.5,0.7\n"
+    (folder / "training.csv").write_text(text)
+
+
+def write_params() -> None:
+    """A profile of two backbones and two datasets."""
+    params = yaml.safe_load((ROOT / "profiles/scenes.yaml").read_text())
+    params["run"] |= {"backbones": ["vit", "deit"], "task_datasets": ["scenes", "photos"]}
+    params["backbones"] = dict.fromkeys(["vit", "deit"], params["backbones"]["vit_scenes"])
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The results folder of a profile that has none yet."""
+    monkeypatch.chdir(tmp_path)
+    write_params()
+    return tmp_path / "results/scenes"
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of `write_some`."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write_params()
+        write_some(folder / "results/scenes")
+        main([])
+    return folder / "results/scenes/report"
+
+
+def write_some(results: Path) -> None:
+    """All of vit; of deit the photos alone."""
+    write_evaluation(results / "evaluate/vit-scenes", ("digit", "shape"), ("drop", "zero"))
+    write_evaluation(results / "evaluate/vit-photos", ("animals",))
+    write_evaluation(results / "evaluate/deit-photos", ("animals",))
+    write_pretraining(results / "pretrain/vit")
+    cells = {"vit-scenes": ("digit", "shape"), "vit-photos": ("animals",), "deit-photos": ("animals",)}
+    for name, tasks in cells.items():
+        numbers = {"test_accuracy": 0.91, "train_accuracy": 0.99, "num_train": 100, "num_test": 2000}
+        write_json(results / f"heads/{name}/metrics.json", dict.fromkeys(tasks, numbers))
+    write_json(results / "backbone/vit/metrics.json", {"accuracy_drop_on_random_halves": 0.21})
+
+
+class Tags(HTMLParser):
+    """Collects tags, addresses and text, and checks that tags close."""
+
+    VOID = ("meta", "img", "br", "link", "input")
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.seen: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(page)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+        self.open += [] if tag in self.VOID else [tag]
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return re.sub(r"\s+", " ", " ".join(self.words))  # a no-break space becomes a plain one
+
+
+def test_the_page_refers_to_nothing_outside_itself(report: Path) -> None:
+    page = (report / "report.html").read_text()
+    found = Tags(page)
+    assert not {tag for tag, _ in found.seen} & {"script", "link", "iframe", "object", "embed", "base"}
+    addresses = [
+        value or "" for _, attrs in found.seen for name, value in attrs.items() if name in ("src", "href", "xlink:href")
+    ]
+    assert addresses
+    assert all(address.startswith(("data:", "#")) for address in addresses)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
+
+
+def test_every_output_is_there_and_dvc_can_show_the_numbers(report: Path) -> None:
+    assert {path.name for path in report.iterdir()} == OUTPUTS
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert all(isinstance(value, float) for value in metrics.values())
+    assert metrics["vit/r2_kept"] == 0.5
+    assert metrics["vit/scenes/digit/drop/tve/fidelity_plus"] == 0.3
+    assert metrics["vit/scenes/digit/density_ratio"] == 3.0
+    with (report / "fidelity.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    (row,) = [
+        row
+        for row in rows
+        if (row["backbone"], row["task"], row["method"], row["removal"], row["fidelity"], row["fraction"])
+        == ("vit", "digit", "tve", "zero", "plus", "0.7")
+    ]
+    assert float(row["value"]) == 0.7
+    assert (report / "training.csv").read_text().splitlines()[1] == "vit,1,2.0,,"
+
+
+def test_missing_parts_are_marked_missing(report: Path) -> None:
+    text = Tags((report / "report.html").read_text()).text
+    stated = "pre-training of deit, heads of deit on scenes, evaluation of deit on scenes"
+    assert f"Missing: {stated}." in text
+    assert text.count("missing") > 5
+
+
+def test_a_report_of_nothing_says_so(project: Path) -> None:
+    main([])
+    assert {path.name for path in (project / "report").iterdir()} == OUTPUTS
+    assert "Nothing has been evaluated yet" in Tags((project / "report/report.html").read_text()).text
+
+
+def test_pictures_stand_side_by_side_over_tasks_and_over_backbones(report: Path) -> None:
+    found = Tags((report / "report.html").read_text())
+    pictures = [attrs["alt"] for tag, attrs in found.seen if tag == "img"]
+    over_tasks, over_backbones = 2 * (1 + 2 * 2), 2 * (1 + 2 * 2)
+    assert len(pictures) == over_tasks + over_backbones
+    assert "heatmap for <four>" in pictures
+    assert "five (is six)" in found.text
+
+
+def test_the_page_states_accuracies_and_what_was_cut_short(report: Path) -> None:
+    text = Tags((report / "report.html").read_text()).text
+    for words in ("91.0 %", "30 of 2,000 test pictures", "20 steps in 4 minutes", "falls by 21 percentage points"):
+        assert words in text
+
+
+def test_the_best_is_marked_and_the_exact_windows_compete_for_no_mark(project: Path) -> None:
+    write_some(project)
+    results = read_results(project, ("vit",), ("scenes",))
+    rows = {row["method"]: row for group in fidelity_table(columns_of(results, "vit"), "drop") for row in group}
+    assert list(rows) == ["tve", "tve_u", "random", "random_blurred", "centre", "exact_windows"]
+    assert [name for name, row in rows.items() if any(cell["best"] for cell in row["cells"])] == ["tve"]
+    assert rows["tve"]["cells"][:2] == [
+        {"mean": ".300", "std": ".200", "best": True},
+        {"mean": ".200", "std": ".200", "best": True},
+    ]
+
+
+def test_a_difference_counts_only_when_its_interval_is_clear_of_zero_on_the_better_side(project: Path) -> None:
+    write_some(project)
+    results = read_results(project, ("vit",), ("scenes",))
+    rows = {row["label"]: row["cells"] for row in difference_table(columns_of(results, "vit"), "drop")}
+    assert [cell["verdict"] for cell in rows["Random"][:2]] == ["better", "better"]
+    assert [cell["verdict"] for cell in rows["Exact windows"][:2]] == ["worse", "worse"]
+    assert rows["Random"][1]["mean"] == "−.200"
+    metrics = results.evaluations["vit", "scenes"].metrics
+    holds_zero = {"mean": 0.1, "low": -0.01, "high": 0.2}
+    metrics["tasks"]["digit"]["differences"]["drop"]["random"]["fidelity_plus"] = holds_zero
+    (first, _) = difference_table(columns_of(results, "vit"), "drop")[0]["cells"][:2]
+    assert first["verdict"] == "unclear"
+
+
+def test_a_difference_that_rounds_to_nothing_is_none_however_narrow_its_interval(project: Path) -> None:
+    write_some(project)
+    results = read_results(project, ("vit",), ("scenes",))
+    differences = results.evaluations["vit", "scenes"].tasks["digit"]["differences"]["drop"]
+    differences["random"]["fidelity_plus"] = {"mean": 0.0002, "low": 0.0001, "high": 0.0003}
+    cell = difference_table(columns_of(results, "vit"), "drop")[0]["cells"][0]
+    assert (cell["mean"], cell["verdict"]) == (".000", "unclear")
+
+
+def test_the_headline_counts_the_tasks_on_which_every_control_is_beaten(project: Path) -> None:
+    write_some(project)
+    results = read_results(project, ("vit",), ("scenes",))
+    trained_for = {"vit": "drop"}
+    assert "On all 2 tasks, TVE beats" in " ".join(headline(results, trained_for)[0])
+    digit = results.evaluations["vit", "scenes"].tasks["digit"]
+    digit["differences"] = {"drop": digit["differences"]["drop"] | {"centre": {f: interval(0.0) for f in pair(0, 0)}}}
+    sentences, figures = headline(results, trained_for)
+    assert "On 1 of 2 tasks (not on digit), TVE beats" in " ".join(sentences)
+    assert {"value": "1 / 2", "label": "tasks on which every control is beaten"} in figures
+
+
+def test_numbers_lose_their_leading_zero_and_keep_a_true_minus() -> None:
+    assert [number(value) for value in (0.25, -0.25, 1.5, -0.0001, None)] == [".250", "−.250", "1.500", ".000", "–"]
+    assert (percent(0.8), percent(-0.05), percent(None)) == ("80\u00a0%", "−5\u00a0%", None)
+
+
+def test_an_argument_is_refused(project: Path) -> None:
+    with pytest.raises(ValueError, match=r"expected no arguments, got \['vit'\]"):
+        main(["vit"])
