@@ -32,9 +32,7 @@ def backbone(variant: str = "class token") -> Backbone:
     architecture, changes = VARIANTS[variant]
     torch.manual_seed(0)
     made = load_backbone(architecture, "random", timm_args=SIZE | changes)
-    for (
-        parameter
-    ) in made.model.parameters():  # untrained positions and scales are too small to show a mistake
+    for parameter in made.model.parameters():  # untrained positions and scales are too small to show a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     return made
 

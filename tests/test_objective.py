@@ -27,7 +27,7 @@ def test_a_perfect_prediction_has_r2_one_and_no_loss(exact: MetaAttribution) -> 
     centres = draw_centres(3, 9, 4, torch.Generator().manual_seed(1))
     index = centres[..., None].expand(-1, -1, 5)
     targets = WindowTargets(centres, exact.kept_BND.gather(1, index), exact.removed_BND.gather(1, index))
-    assert [float(loss) for loss in regression_loss(exact, targets, TargetScale(1, 1))] == [0, 0]
+    assert [float(loss) for loss in regression_loss(exact, targets, TargetScale(torch.eye(5), torch.eye(5)))] == [0, 0]
 
 
 def test_predicting_each_pictures_own_mean_has_r2_zero(exact: MetaAttribution) -> None:
@@ -45,12 +45,28 @@ def test_a_constant_error_costs_r2_but_not_centred_r2(exact: MetaAttribution) ->
     assert learned.removed_centred == pytest.approx(1, abs=1e-5)
 
 
-def test_both_scaled_losses_of_the_trivial_answers_are_one(exact: MetaAttribution) -> None:
+@pytest.mark.parametrize("floor", [None, 0.01, 1.0])
+def test_both_scaled_losses_of_the_trivial_answers_are_one(exact: MetaAttribution, floor: float | None) -> None:
     trivial = trivial_answers(exact, exact.kept_BND.mean((0, 1)))
     every_centre = torch.arange(9).expand(3, 9)
     targets = WindowTargets(every_centre, exact.kept_BND, exact.removed_BND)
-    for loss in regression_loss(trivial, targets, target_scale(exact)):
+    for loss in regression_loss(trivial, targets, target_scale(exact, floor)):
         assert float(loss) == pytest.approx(1, rel=1e-5)
+
+
+def test_whitening_makes_a_faint_direction_count_and_the_plain_norm_does_not(exact: MetaAttribution) -> None:
+    faint = torch.tensor([1, 1, 1, 1, 0.01])
+    squeezed = MetaAttribution(exact.kept_BND * faint, exact.removed_BND, exact.full_BD, exact.empty_D)
+    every_centre = torch.arange(9).expand(3, 9)
+    targets = WindowTargets(every_centre, squeezed.kept_BND, squeezed.removed_BND)
+    wrong_there = MetaAttribution(
+        squeezed.kept_BND * torch.tensor([1, 1, 1, 1, 0]), squeezed.removed_BND, exact.full_BD, exact.empty_D
+    )
+    plain, whitened = (
+        float(regression_loss(wrong_there, targets, target_scale(squeezed, floor))[0]) for floor in (None, 1e-6)
+    )
+    assert plain < 1e-3
+    assert whitened > 0.1
 
 
 def test_drawn_centres_are_distinct_and_uniform() -> None:

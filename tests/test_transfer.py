@@ -18,9 +18,7 @@ def meta(batch_size: int = 2) -> MetaAttribution:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    return MetaAttribution(
-        normal(batch_size, P * P, D), normal(batch_size, P * P, D), normal(batch_size, D), normal(D)
-    )
+    return MetaAttribution(normal(batch_size, P * P, D), normal(batch_size, P * P, D), normal(batch_size, D), normal(D))
 
 
 def linear_head() -> nn.Linear:

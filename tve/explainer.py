@@ -65,9 +65,7 @@ class Explainer(nn.Module):
         if config.form == "shared":
             self.network = SharedTrunk(backbone, config)
         else:
-            self.network = TwoNetworks(
-                backbone.image_size, backbone.patches_per_side, embed_dim, config.two_networks
-            )
+            self.network = TwoNetworks(backbone.image_size, backbone.patches_per_side, embed_dim, config.two_networks)
 
     def forward(self, images_B3SS: Tensor) -> MetaAttribution:
         """The predicted meta-attribution of normalised pictures [B, 3, S, S]."""

@@ -1,9 +1,9 @@
 """The export: a folder that holds an explainer whole, its backbone included, and says what it is.
 
-    explainer.safetensors   what pre-training made
-    config.json             the explainer's configuration and digests
-    backbone/               the frozen backbone (model.safetensors, backbone.json)
-    README.md               the model card
+explainer.safetensors   what pre-training made
+config.json             the explainer's configuration and digests
+backbone/               the frozen backbone (model.safetensors, backbone.json)
+README.md               the model card
 """
 
 import json

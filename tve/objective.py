@@ -1,10 +1,14 @@
 """What an explainer is trained to do, and how much of it was learned.
 
-    loss = ||ĝ - g||^2 / Var(g)  +  ||ĥ - h||^2 / Var(h)             over the drawn centres, label-free
+    loss = ||ĝ - g||^2_A / Var_A(g)  +  ||ĥ - h||^2_B / Var_B(h)     over the drawn centres, label-free
     R2   = 1 - sum ||ĝ - g||^2 / sum ||g - mean over the picture's own patches||^2     within a picture; the same for h
 
 Each term is divided by its own variance around its trivial answer (the mean of g; G(x) for h), so that both start
-near 1 (the paper's objective, arXiv 2312.15359, eq. 7, up to these two constants).
+near 1 (the paper's objective, arXiv 2312.15359, eq. 7, up to these two constants and the norms).
+
+The norms are plain, or partly whitened: an error along a direction in which the targets vary little then counts for
+more. A head may read any direction, also one that the backbone's own labels left faint; whitening is what makes the
+objective impartial to heads, as the absence of labels makes it impartial to tasks.
 """
 
 from dataclasses import dataclass
@@ -17,10 +21,10 @@ from tve.meta_attribution import MetaAttribution
 
 @dataclass(frozen=True, slots=True)
 class TargetScale:
-    """Mean squares of the targets around their trivial answers, per dimension."""
+    """Linear maps under which the two errors are squared; the trivial answers' mean squared error is 1 under them."""
 
-    kept: float  # g around its mean over the data
-    removed: float  # h around G(x)
+    kept_DD: Tensor  # for g, around its mean over the data
+    removed_DD: Tensor  # for h, around G(x)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,14 +62,25 @@ def regression_loss(predicted: MetaAttribution, targets: WindowTargets, scale: T
     """The two scaled losses (kept, removed), scalars; their sum is minimised."""
     kept = _at(predicted.kept_BND, targets.centre_BM) - targets.kept_BMD
     removed = _at(predicted.removed_BND, targets.centre_BM) - targets.removed_BMD
-    return kept.square().mean() / scale.kept, removed.square().mean() / scale.removed
+    return (kept @ scale.kept_DD).square().mean(), (removed @ scale.removed_DD).square().mean()
 
 
-def target_scale(exact: MetaAttribution) -> TargetScale:
-    """The variances that the two losses are divided by, from exact meta-attributions of some pictures."""
+def target_scale(exact: MetaAttribution, whitening_floor: float | None = None) -> TargetScale:
+    """The norms of the two losses, from exact meta-attributions of some pictures.
+
+    Args:
+        exact: of pictures that need no label.
+        whitening_floor: directions are divided by their standard deviation, but variances count as at least this
+            multiple of the mean variance. None: the plain norm, every direction alike.
+
+    Raises:
+        ValueError: a floor that is not positive.
+    """
+    if whitening_floor is not None and not whitening_floor > 0:
+        raise ValueError(f"whitening_floor: expected a positive number or None, got {whitening_floor}")
     kept = exact.kept_BND - exact.kept_BND.mean((0, 1))
     removed = exact.removed_BND - exact.full_BD[:, None]
-    return TargetScale(float(kept.square().mean()), float(removed.square().mean()))
+    return TargetScale(_norm(kept, whitening_floor), _norm(removed, whitening_floor))
 
 
 def explained_variance(predicted: MetaAttribution, exact: MetaAttribution) -> ExplainedVariance:
@@ -99,3 +114,14 @@ def _centred(values_BND: Tensor) -> Tensor:
 def _r2(predicted_BND: Tensor, exact_BND: Tensor) -> float:
     residual = (predicted_BND - exact_BND).double().square().sum()
     return float(1 - residual / _centred(exact_BND).double().square().sum())
+
+
+def _norm(deviations_BND: Tensor, whitening_floor: float | None) -> Tensor:
+    deviations_MD = deviations_BND.flatten(0, 1).double()
+    variances_D, directions_DD = torch.linalg.eigh(deviations_MD.T @ deviations_MD / len(deviations_MD))
+    variances_D = variances_D.clamp(min=0)
+    weights_D = torch.ones_like(variances_D)
+    if whitening_floor is not None:
+        weights_D = 1 / (variances_D + whitening_floor * variances_D.mean())
+    weights_D = weights_D / (weights_D * variances_D).mean()
+    return (directions_DD * weights_D.sqrt()).float()

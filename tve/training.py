@@ -53,6 +53,7 @@ class TrainingConfig:
     checkpoint_every: int
     seed: int
     bfloat16: bool
+    whitening_floor: float | None = None  # see `tve.objective.target_scale`
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +101,7 @@ def pretrain(
     exact = _exact(evaluator, explainer, held_out_B3SS, empty_D)
     explainer.mean_kept_D.copy_(exact.kept_BND.mean((0, 1)))
     explainer.empty_D.copy_(empty_D)
-    scale = target_scale(exact)
+    scale = target_scale(exact, config.whitening_floor)
     trivial = explained_variance(trivial_answers(exact, explainer.mean_kept_D), exact)
 
     optimizer = _optimizer(explainer, config)

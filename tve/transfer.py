@@ -91,7 +91,9 @@ def of_class(maps_BCPP: Tensor, target_B: Tensor) -> Tensor:
 
 def require_head(head: Head, embed_dim: int) -> None:
     """Raises ValueError unless the head reads embeddings of this width, where its width can be known."""
-    linear = next((m for m in head.modules() if isinstance(m, nn.Linear)), None) if isinstance(head, nn.Module) else None
+    linear = (
+        next((m for m in head.modules() if isinstance(m, nn.Linear)), None) if isinstance(head, nn.Module) else None
+    )
     if linear is not None and linear.in_features != embed_dim:
         raise ValueError(
             f"head: expected a head on embeddings of width {embed_dim}, got one of width {linear.in_features}; "

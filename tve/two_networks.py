@@ -61,9 +61,7 @@ class TwoNetworks(nn.Module):
         config: depth and width.
     """
 
-    def __init__(
-        self, image_size: int, patches_per_side: int, embed_dim_out: int, config: TwoNetworksConfig
-    ) -> None:
+    def __init__(self, image_size: int, patches_per_side: int, embed_dim_out: int, config: TwoNetworksConfig) -> None:
         super().__init__()
         self.config = config
         self.initialisation = RANDOM_INITIALISATION
@@ -92,9 +90,7 @@ class PatchTransformer(nn.Module):
     def __init__(self, image_size: int, patches_per_side: int, config: TwoNetworksConfig) -> None:
         super().__init__()
         if patches_per_side < 1 or image_size % patches_per_side:
-            raise ValueError(
-                f"patches_per_side: expected a divisor of {image_size} pixels, got {patches_per_side}"
-            )
+            raise ValueError(f"patches_per_side: expected a divisor of {image_size} pixels, got {patches_per_side}")
         self.image_size = image_size
         self.patches_per_side = patches_per_side
         self.encoder = VisionTransformer(
@@ -108,9 +104,7 @@ class PatchTransformer(nn.Module):
         width, heads = config.decoder_width, config.decoder_heads
         self.decoder_embed = nn.Linear(config.embed_dim, width)
         self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + self.num_patches, width))
-        self.decoder_blocks = nn.Sequential(
-            *(Block(width, heads, qkv_bias=True) for _ in range(config.decoder_depth))
-        )
+        self.decoder_blocks = nn.Sequential(*(Block(width, heads, qkv_bias=True) for _ in range(config.decoder_depth)))
         self.decoder_norm = _layer_norm(width)
         self._initialise()
 
@@ -201,9 +195,7 @@ class MixingLayer(nn.Module):
 
     def forward(self, x_BNW: Tensor) -> Tensor:
         active = nn.functional.gelu(self.norm(x_BNW))
-        mixed: Tensor = (
-            self.mix(active.transpose(1, 2)).transpose(1, 2) if self.over_patches else self.mix(active)
-        )
+        mixed: Tensor = self.mix(active.transpose(1, 2)).transpose(1, 2) if self.over_patches else self.mix(active)
         return x_BNW + mixed
 
 

@@ -1,6 +1,6 @@
 """Stage `export`: one folder per backbone that holds its explainer whole, with a model card.
 
-    python -m tve_pipeline.export BACKBONE
+python -m tve_pipeline.export BACKBONE
 """
 
 import json

@@ -139,9 +139,7 @@ def explained(goals: Goals, backbone: str) -> None:
     dataset = _params(PROFILE)["run"]["pretrain_dataset"]
     shards = Shards.open(Path("data", PROFILE, "shards", dataset))
     predicted, exact = [], []
-    for _, images in ordered_batches(
-        shards, "pretrain_val", explainer.backbone, batch_size=16, limit=NUM_R2_PICTURES
-    ):
+    for _, images in ordered_batches(shards, "pretrain_val", explainer.backbone, batch_size=16, limit=NUM_R2_PICTURES):
         with torch.inference_mode():
             predicted.append(explainer(images))
         exact.append(exact_windows(evaluator, images, explainer.family, explainer.empty_D))

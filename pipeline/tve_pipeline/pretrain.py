@@ -1,6 +1,6 @@
 """Stage `pretrain`: an explainer for one backbone, from unlabelled pictures.
 
-    python -m tve_pipeline.pretrain BACKBONE
+python -m tve_pipeline.pretrain BACKBONE
 """
 
 import json
@@ -37,6 +37,8 @@ class TwoNetworksParams(Section):
     num_heads: int
     mixing_layers: int
     differences: bool
+    decoder_embed_dim: int | None = None
+    decoder_num_heads: int | None = None
 
 
 class MaeParams(Section):
@@ -64,6 +66,7 @@ class PretrainParams(Section):
     learning_rate: float
     trunk_learning_rate: float
     weight_decay: float
+    whitening_floor: float | None
     warmup_steps: int
     evaluate_every: int
     checkpoint_every: int
@@ -103,7 +106,9 @@ def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal
         num_levels=params.num_levels,
         width=params.width,
         depth=params.depth,
-        two_networks=TwoNetworksConfig(**params.two_networks.model_dump()) if params.two_networks else TwoNetworksConfig(),
+        two_networks=TwoNetworksConfig(**params.two_networks.model_dump())
+        if params.two_networks
+        else TwoNetworksConfig(),
     )
     return Explainer(backbone, config)
 
@@ -170,6 +175,7 @@ def run(
         evaluate_every=params.evaluate_every,
         checkpoint_every=params.checkpoint_every,
         seed=params.seed,
+        whitening_floor=params.whitening_floor,
         bfloat16=params.precision == "bfloat16",
     )
     return pretrain(
