@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from timm.layers import LayerNorm2d
+from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
 from tve.backbones import Backbone
@@ -172,7 +172,7 @@ class MixingBlock(nn.Module):
         self.feature_mix = nn.Sequential(nn.Linear(width, 3 * width), nn.GELU(), nn.Linear(3 * width, width))
 
     def forward(self, x_BWPP: Tensor) -> Tensor:
-        x = x_BWPP.permute(0, 2, 3, 1)
+        x: Tensor = x_BWPP.permute(0, 2, 3, 1)
         x = x + self.patch_mix(self.patch_norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = x + self.feature_mix(self.feature_norm(x))
         return x.permute(0, 3, 1, 2)

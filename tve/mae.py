@@ -143,7 +143,7 @@ def pretrain_mae(
         if not math.isfinite(losses[-1]):
             raise ValueError(f"masked autoencoder: loss {losses[-1]} at step {step}; lower the learning rate")
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
         mae.num_steps_trained += 1

@@ -124,4 +124,5 @@ def _norm(deviations_BND: Tensor, whitening_floor: float | None) -> Tensor:
     if whitening_floor is not None:
         weights_D = 1 / (variances_D + whitening_floor * variances_D.mean())
     weights_D = weights_D / (weights_D * variances_D).mean()
-    return (directions_DD * weights_D.sqrt()).float()
+    norm_DD: Tensor = (directions_DD * weights_D.sqrt()).float()
+    return norm_DD

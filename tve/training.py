@@ -187,7 +187,7 @@ def _step(
             "lower pretrain.learning_rate, or look at these pictures"
         )
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
     optimizer.step()
     return kept_loss.item(), removed_loss.item()
@@ -220,7 +220,8 @@ def concatenated(parts: list[MetaAttribution]) -> MetaAttribution:
 
 
 def _optimizer(explainer: Explainer, config: TrainingConfig) -> torch.optim.Optimizer:
-    trunk, rest = [], []
+    trunk: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in explainer.network.named_parameters():
         if parameter.requires_grad:
             (trunk if name.startswith("trunk.") else rest).append(parameter)

@@ -194,7 +194,7 @@ def _share_of_peak(step: int, config: BackboneTrainingConfig) -> float:
 
 def _update(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss: Tensor, learning_rate: float) -> None:
     model.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         for group in optimizer.param_groups:
