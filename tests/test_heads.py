@@ -14,7 +14,7 @@ from tve.pictures import ordered_batches
 from tve.shards import Sample, Shards, write_shards
 from tve_pipeline.heads import HeadsParams, fit_heads
 
-PARAMS = HeadsParams(max_train=None, regularization=1.0, max_iter=200)
+PARAMS = HeadsParams(skip_tasks=(), max_train=None, regularization=1.0, max_iter=200)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from tve.backbones import Backbone, file_sha256, open_backbone
 from tve.heads import EmbeddedPictures, accuracy, embed_pictures, fit_linear_head, save_head
 from tve.shards import Shards
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import Count, Section, active_profile, load_section
+from tve_pipeline.params import Count, Name, Section, active_profile, load_section
 
 TRAIN_SPLIT = "train"
 TEST_SPLIT = "test"
@@ -26,6 +26,7 @@ TEST_SPLIT = "test"
 class HeadsParams(Section):
     """Section `heads` of params.yaml."""
 
+    skip_tasks: tuple[Name, ...]  # labels that get no head, such as the one that the backbone was trained on
     max_train: Count | None  # the first so many training pictures, null for all
     regularization: Annotated[float, Field(gt=0)]
     max_iter: Count
@@ -62,6 +63,7 @@ def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: P
     tasks = {
         task: _fit(task, classes, train, test, params, folder / f"{task}.safetensors")
         for task, classes in shards.tasks.items()
+        if task not in params.skip_tasks
     }
     document = {"backbone_sha256": backbone.weights_sha256, "tasks": tasks}
     write_json(folder / "heads.json", document)
