@@ -51,7 +51,10 @@ def test_a_passed_check_writes_the_same_whatever_the_numbers(project: Path) -> N
     [
         ({"hedas": {}}, "unknown section 'hedas'; known sections: profile, datasets"),
         ({"heads": ...}, "missing section 'heads'"),
-        ({"heads__max_iters": 3}, "heads.max_iters: unknown key; known keys: skip_tasks, max_train, regularization, max_iter"),
+        (
+            {"heads__max_iters": 3},
+            "heads.max_iters: unknown key; known keys: skip_tasks, max_train, regularization, max_iter",
+        ),
         ({"evaluate__removals": ["blur"]}, "evaluate.removals.0"),
     ],
 )
