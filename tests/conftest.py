@@ -1,4 +1,4 @@
-"""One thread a process: the tests' tensors are small, and threads that wait for each other cost more than they bring."""
+"""One thread a process: the tensors of tests are small, and threads that wait for each other cost time."""
 
 import torch
 

@@ -1,0 +1,72 @@
+"""The README's picture and table, made from results, so that neither is typed by hand.
+
+    python -m tve_pipeline.readme
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tve import figures
+
+CELL = Path("results", "scenes", "evaluate", "vit_scenes-scenes")
+PRETRAIN = Path("results", "scenes", "pretrain", "vit_scenes", "metrics.json")
+PICTURE = Path("docs", "images", "heatmaps.png")
+README = Path("README.md")
+START, END = "<!-- table:start -->", "<!-- table:end -->"
+NUM_PICTURES = 4
+TASKS = ("digit", "parity", "shape", "colour")
+METHODS = ("tve", "tve_u", "exact_windows", "tve_hg", "random", "random_blurred", "centre")
+
+
+def main() -> None:
+    PICTURE.parent.mkdir(parents=True, exist_ok=True)
+    figures.save_png(_pictures(), PICTURE, dots_per_inch=110)
+    before, rest = README.read_text().split(START)
+    _, after = rest.split(END)
+    README.write_text(f"{before}{START}\n{_table()}\n{END}{after}")
+
+
+def _pictures() -> Any:
+    document = json.loads((CELL / "heatmaps.json").read_text())
+    with np.load(CELL / "heatmaps.npz") as arrays:
+        images = arrays["images"]
+        maps = {task: arrays[f"{task}/tve"] for task in TASKS}
+    rows: list[list[figures.Panel | None]] = []
+    for index in range(min(NUM_PICTURES, len(images))):
+        panels = [
+            figures.Panel(figures.overlay(images[index], maps[task][index]), document["tasks"][task]["predicted"][index])
+            for task in TASKS
+        ]
+        rows.append([figures.Panel(figures.enlarged(images[index])), *panels])
+    return figures.picture_grid(rows, ["picture", *TASKS], [""] * len(rows))
+
+
+def _table() -> str:
+    metrics = json.loads((CELL / "metrics.json").read_text())
+    learned = json.loads(PRETRAIN.read_text())
+    lines = [
+        "| F⁺ ↑ / F⁻ ↓, removal `drop` | " + " | ".join(TASKS) + " |",
+        "|---|" + "---|" * len(TASKS),
+    ]
+    for method in METHODS:
+        cells = []
+        for task in TASKS:
+            of_task = metrics["tasks"][task]["methods"][method]["drop"]
+            cells.append(f"{of_task['fidelity_plus']['mean']:.3f} / {of_task['fidelity_minus']['mean']:.3f}")
+        lines.append(f"| {figures.style_of(method).label} | " + " | ".join(cells) + " |")
+    accuracies = (f"{metrics['tasks'][task]['accuracy']:.1%}" for task in TASKS)
+    lines.append("| *head, test accuracy* | " + " | ".join(accuracies) + " |")
+    lines.append("")
+    lines.append(
+        f"R² within a picture, on held-out pictures: ĝ {learned['r2_kept']:.2f} (the mean of g: "
+        f"{learned['trivial_mean_r2_kept']:.2f}), ĥ {learned['r2_removed']:.2f} (G(x): "
+        f"{learned['trivial_full_r2_removed']:.2f})."
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
