@@ -1,6 +1,6 @@
 """The README's picture and table, made from results, so that neither is typed by hand.
 
-    python -m tve_pipeline.readme
+python -m tve_pipeline.readme
 """
 
 import json
@@ -36,10 +36,10 @@ def _pictures() -> Any:
         maps = {task: arrays[f"{task}/tve"] for task in TASKS}
     rows: list[list[figures.Panel | None]] = []
     for index in range(min(NUM_PICTURES, len(images))):
-        panels = [
-            figures.Panel(figures.overlay(images[index], maps[task][index]), document["tasks"][task]["predicted"][index])
-            for task in TASKS
-        ]
+        panels = []
+        for task in TASKS:
+            heatmap = figures.overlay(images[index], maps[task][index])
+            panels.append(figures.Panel(heatmap, document["tasks"][task]["predicted"][index]))
         rows.append([figures.Panel(figures.enlarged(images[index])), *panels])
     return figures.picture_grid(rows, ["picture", *TASKS], [""] * len(rows))
 
