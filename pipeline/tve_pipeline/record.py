@@ -1,0 +1,44 @@
+"""Puts the results of a long run on record: rows, metrics and digests under docs/records/PROFILE/BACKBONE.
+
+    python -m tve_pipeline.record BACKBONE
+
+A cell (backbone, dataset) that took hours is evidence worth committing; `digests.json` ties its files to the weights,
+the parameters and the commit that made them.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from tve.shards import file_sha256
+from tve_pipeline.outputs import whole_folder, write_json
+from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_section
+
+
+def main(argv: list[str]) -> None:
+    (backbone,) = argv
+    profile = active_profile()
+    results = Path("results", profile)
+    export = json.loads(Path("models", profile, "export", backbone, "config.json").read_text())
+    with whole_folder(Path("docs", "records", profile, backbone)) as folder:
+        shutil.copy(results / "pretrain" / backbone / "metrics.json", folder / "pretrain.json")
+        shutil.copy(results / "pretrain" / backbone / "training.csv", folder / "training.csv")
+        for dataset in load_section("run", RunParams).task_datasets:
+            cell = results / "evaluate" / f"{backbone}-{dataset}"
+            if cell.is_dir():
+                shutil.copy(cell / "scores.csv", folder / f"scores-{dataset}.csv")
+                shutil.copy(cell / "metrics.json", folder / f"metrics-{dataset}.json")
+        document = {
+            "files": {file.name: file_sha256(file) for file in sorted(folder.iterdir())},
+            "backbone_sha256": export["backbone_sha256"],
+            "explainer_sha256": export["explainer_sha256"],
+            "params_sha256": file_sha256(PARAMS_FILE),
+            "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
+        }
+        write_json(folder / "digests.json", document)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
