@@ -59,7 +59,10 @@ class Goals:
 
     def _print(self, goal: str, value: float | None, bar: float, ok: bool | None, unit: str) -> None:
         shown = None if value is None else round(value, 4)
-        print(json.dumps({"goal": goal, "value": shown, "bar": bar, "ok": ok, "unit": unit}), flush=True)
+        print(
+            json.dumps({"goal": goal, "value": shown, "bar": bar, "ok": ok, "unit": unit}, ensure_ascii=False),
+            flush=True,
+        )
         self.fell_short |= ok is False
 
 
@@ -105,7 +108,7 @@ def fresh_clone(goals: Goals, *, skip: bool) -> None:
 
 def planted_patch(goals: Goals) -> None:
     """The planted-patch tests, run here and now: every one must pass and none be skipped."""
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_planted_patch.py"]
+    command = [sys.executable, "-m", "pytest", "-v", "tests/test_planted_patch.py"]
     output = subprocess.run(command, capture_output=True, text=True).stdout
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
     passed = counts.pop("passed", 0)
