@@ -39,7 +39,8 @@ def _pictures() -> Any:
         panels = []
         for task in TASKS:
             heatmap = figures.overlay(images[index], maps[task][index])
-            panels.append(figures.Panel(heatmap, document["tasks"][task]["predicted"][index]))
+            predicted, label = (document["tasks"][task][name][index] for name in ("predicted", "label"))
+            panels.append(figures.Panel(heatmap, predicted if predicted == label else f"{predicted} (is {label})"))
         rows.append([figures.Panel(figures.enlarged(images[index])), *panels])
     return figures.picture_grid(rows, ["picture", *TASKS], [""] * len(rows))
 
