@@ -11,7 +11,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tve.backbones import Backbone, file_sha256, load_backbone, open_backbone, save_backbone, state_digest
+from tve.backbones import Backbone, load_backbone, open_backbone, save_backbone, state_digest
+from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.removal import zero_pixels
 

@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from tve.coalitions import Windows, require_coalitions
+from tve.coalitions import Windows, random_halves, require_coalitions
 
 
 @pytest.mark.parametrize(("patches", "radius"), [(1, 0), (4, 0), (5, 1), (6, 2), (7, 6)])
@@ -70,3 +70,12 @@ def test_coalitions_of_another_form_are_an_error_that_says_both(wrong: torch.Ten
 def test_any_number_of_coalitions_is_accepted() -> None:
     for count in (0, 1, 5):
         require_coalitions(torch.ones(2, count, 4, 4, dtype=torch.bool), batch_size=2, patches_per_side=4)
+
+
+def test_random_halves_keep_half_of_each_picture_and_differ() -> None:
+    half_BPP = random_halves(200, 5, torch.Generator().manual_seed(0))
+    assert half_BPP.dtype == torch.bool
+    assert half_BPP.flatten(1).sum(1).unique().tolist() == [12]
+    assert len(half_BPP.unique(dim=0)) == 200
+    share_PP = half_BPP.double().mean(0)
+    assert (share_PP - 12 / 25).abs().max() < 0.12  # three standard deviations of 200 draws are .106

@@ -12,9 +12,10 @@ from PIL import Image
 from torch import nn
 
 from tve.backbones import Backbone, load_backbone
+from tve.digests import file_sha256
 from tve.explainer import Explainer, ExplainerConfig
 from tve.heads import save_head
-from tve.shards import Shards, file_sha256
+from tve.shards import Shards
 from tve_pipeline.evaluate import EvaluateParams, TaskHead, batches, evaluate, load_task_heads
 from tve_pipeline.evaluate_results import object_patches
 from tve_pipeline.outputs import write_json

@@ -9,9 +9,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from tve.backbones import Backbone, load_backbone
+from tve.evaluator import CoalitionEvaluator
 from tve.heads import accuracy, embed_pictures, fit_linear_head, load_head, save_head
 from tve.pictures import ordered_batches
-from tve.shards import Sample, Shards, write_shards
+from tve.samples import Sample
+from tve.shards import Shards, write_shards
 from tve_pipeline.heads import HeadsParams, fit_heads
 
 PARAMS = HeadsParams(skip_tasks=(), max_train=None, regularization=1.0, max_iter=200)
@@ -101,6 +103,20 @@ def test_pictures_are_embedded_in_the_order_of_the_shards_with_their_labels(back
     assert embedded.labels_of("dark").tolist() == [1, 0, 0] * 10
 
 
+def test_halves_are_the_same_in_every_call_and_keep_half_of_the_patches(backbone: Backbone, shards: Shards) -> None:
+    evaluator = CoalitionEvaluator(backbone, "drop")
+    first, again = (embed_pictures(backbone, shards, "test", batch_size=5, halved_by=evaluator) for _ in range(2))
+    assert torch.equal(first.embeddings, again.embeddings)
+    assert first.keys == embed_pictures(backbone, shards, "test").keys
+    ((_, images),) = ordered_batches(shards, "test", backbone, batch_size=12)
+    # 2 x 2 patches: six halves, of which each picture's embedding is one.
+    indices = torch.combinations(torch.arange(4), 2)
+    halves_KPP = torch.zeros(6, 4, dtype=torch.bool).scatter(1, indices, value=True).reshape(6, 2, 2)
+    every_BKD = evaluator(images, halves_KPP.expand(12, 6, 2, 2))
+    nearest = (first.embeddings[:, None] - every_BKD).abs().amax(-1).amin(1)
+    assert nearest.max() < 1e-5
+
+
 def test_a_limit_takes_the_first_pictures(backbone: Backbone, shards: Shards) -> None:
     some = embed_pictures(backbone, shards, "train", batch_size=4, limit=6)
     assert some.keys == embed_pictures(backbone, shards, "train").keys[:6]
@@ -114,14 +130,16 @@ def test_an_unknown_task_is_refused_by_name(backbone: Backbone, shards: Shards) 
 
 
 def test_the_stage_fits_and_writes_a_head_for_every_task(backbone: Backbone, shards: Shards, tmp_path: Path) -> None:
-    document = fit_heads(backbone, shards, PARAMS, tmp_path)
+    document = fit_heads(backbone, shards, PARAMS, "drop", tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"heads.json", "level.safetensors", "dark.safetensors"}
     assert document["backbone_sha256"] == backbone.weights_sha256
     test = embed_pictures(backbone, shards, "test")
+    halves = embed_pictures(backbone, shards, "test", halved_by=CoalitionEvaluator(backbone, "drop"))
     for task, entry in document["tasks"].items():
         assert entry["classes"] == list(shards.tasks[task])
         head = load_head(tmp_path / entry["file"], embed_dim=16)
         assert accuracy(head, test.embeddings, test.labels_of(task)) == entry["test_accuracy"] > 0.9
+        assert accuracy(head, halves.embeddings, halves.labels_of(task)) == entry["halves_accuracy"]
         assert (entry["num_train"], entry["num_test"]) == (30, 12)
 
 

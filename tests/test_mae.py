@@ -11,7 +11,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from tve.backbones import file_sha256
+from tve.digests import file_sha256
 from tve.mae import (
     MaskedAutoencoder,
     initialise_from_file,

@@ -12,16 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tve.shards import (
-    INDEX_FILE,
-    Sample,
-    Shards,
-    decode_image,
-    decode_masks,
-    encode_masks,
-    file_sha256,
-    write_shards,
-)
+from tve.digests import file_sha256
+from tve.samples import Sample, decode_image, decode_masks, encode_masks
+from tve.shards import INDEX_FILE, Shards, write_shards
 
 TASKS = {"shape": ["disc", "square", "cross"]}
 OBJECTS = ("digit", "shape")

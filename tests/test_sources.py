@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tve.shards import Shards, decode_masks, file_sha256
+from tve.digests import file_sha256
+from tve.samples import decode_masks
+from tve.shards import Shards
 from tve.sources import Picture, class_names, held_out_splits, list_pictures, named_splits, open_source
 from tve_pipeline.params import PicturesDataset, ScenesDataset
 from tve_pipeline.scenes import TASKS, scene

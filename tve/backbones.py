@@ -22,6 +22,8 @@ from timm.data.transforms_factory import create_transform
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
+from tve.digests import file_sha256
+
 HIERARCHICAL_PATCH_SIZE = 16
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "backbone.json"
@@ -232,12 +234,6 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:

@@ -60,6 +60,13 @@ class Windows:
         return window_PPPP.reshape(self.num_coalitions, self.patches_per_side, self.patches_per_side)
 
 
+def random_halves(num_pictures: int, patches_per_side: int, generator: torch.Generator) -> Tensor:
+    """Bool [B, P, P]: half of the patches (rounded down) of each picture, drawn uniformly by a CPU generator."""
+    num_patches = patches_per_side**2
+    rank_BN = torch.rand(num_pictures, num_patches, generator=generator).argsort(1).argsort(1)
+    return (rank_BN < num_patches // 2).reshape(num_pictures, patches_per_side, patches_per_side)
+
+
 def require_coalitions(present_BKPP: Tensor, batch_size: int, patches_per_side: int) -> None:
     """Raises ValueError unless `present_BKPP` is bool [batch_size, K, P, P]."""
     expected = f"bool [{batch_size}, K, {patches_per_side}, {patches_per_side}]"

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from tve.backbones import Backbone
+from tve.coalitions import random_halves
+from tve.evaluator import CoalitionEvaluator
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 
@@ -40,9 +42,15 @@ class EmbeddedPictures:
 
 @torch.inference_mode()
 def embed_pictures(
-    backbone: Backbone, shards: Shards, split: str, *, batch_size: int = 64, limit: int | None = None
+    backbone: Backbone,
+    shards: Shards,
+    split: str,
+    *,
+    batch_size: int = 64,
+    limit: int | None = None,
+    halved_by: CoalitionEvaluator | None = None,
 ) -> EmbeddedPictures:
-    """Embeddings and labels of the pictures of a split.
+    """Embeddings and labels of the pictures of a split, or of a random half of each picture's patches.
 
     Args:
         backbone: the frozen encoder G.
@@ -50,10 +58,12 @@ def embed_pictures(
         split: which of them.
         batch_size: pictures in a pass.
         limit: only the first so many, all if None.
+        halved_by: evaluates the halves, which are the same in every call; whole pictures if None.
 
     Raises:
         ValueError: unknown split.
     """
+    generator = torch.Generator().manual_seed(0)
     device = next(backbone.parameters()).device
     num_pictures = shards.num_samples(split)
     rows: list[Tensor] = []
@@ -61,12 +71,17 @@ def embed_pictures(
     labels: dict[str, list[int]] = {task: [] for task in shards.tasks}
     with tqdm(
         total=num_pictures if limit is None else min(limit, num_pictures),
-        desc=f"embed {split}",
+        desc=f"embed {split}" if halved_by is None else f"embed halves of {split}",
         unit="picture",
         mininterval=2.0,
     ) as progress:
         for samples, images in ordered_batches(shards, split, backbone, batch_size=batch_size, limit=limit):
-            rows.append(backbone(images.to(device)).cpu())
+            images = images.to(device)
+            if halved_by is None:
+                rows.append(backbone(images).cpu())
+            else:
+                half_BPP = random_halves(len(images), backbone.patches_per_side, generator).to(device)
+                rows.append(halved_by(images, half_BPP[:, None])[:, 0].cpu())
             keys += [sample.key for sample in samples]
             for sample in samples:
                 for task, label in (sample.labels or {}).items():

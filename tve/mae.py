@@ -16,7 +16,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from tve.backbones import file_sha256
+from tve.digests import file_sha256
 from tve.evaluator import Precision
 from tve.two_networks import PatchTransformer, TwoNetworks, TwoNetworksConfig
 

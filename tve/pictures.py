@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from tve.backbones import Backbone
-from tve.shards import Sample, Shards, decode_image
+from tve.samples import Sample, decode_image
+from tve.shards import Shards
 
 NUM_BATCHES_AHEAD = 2
 

@@ -17,7 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tve.shards import IMAGE_EXTENSIONS, file_sha256
+from tve.digests import file_sha256
+from tve.samples import IMAGE_EXTENSIONS
 
 FILE_COLUMN = "file"
 FOLDER_COLUMN = "folder"

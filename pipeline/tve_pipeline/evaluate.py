@@ -28,7 +28,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tve.backbones import Backbone, file_sha256
+from tve.backbones import Backbone
+from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator, Precision
 from tve.explainer import Explainer
 from tve.export import load_explainer
@@ -38,7 +39,8 @@ from tve.fidelity.scores import ScoredMap, fidelity
 from tve.heads import load_head
 from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.removal import Removal
-from tve.shards import Sample, Shards, decode_image
+from tve.samples import Sample, decode_image
+from tve.shards import Shards
 from tve.transfer import Output, TransferRule, of_class, transfer
 from tve_pipeline.evaluate_results import BatchResults, EvaluationWriter, Facts
 from tve_pipeline.outputs import whole_folder

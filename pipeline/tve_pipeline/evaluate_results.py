@@ -21,7 +21,7 @@ from tve.backbones import Backbone, Preprocessing
 from tve.fidelity.scores import Fidelity, ScoredMap, target_probability
 from tve.fidelity.statistics import Interval, paired_bootstrap, positive_density, share_of_way
 from tve.removal import Removal
-from tve.shards import Sample, decode_masks
+from tve.samples import Sample, decode_masks
 from tve_pipeline.outputs import write_json
 from tve_pipeline.scenes import OBJECT_OF_TASK
 

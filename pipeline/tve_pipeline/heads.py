@@ -2,6 +2,9 @@
 
     python -m tve_pipeline.heads BACKBONE DATASET
 
+Beside each head's accuracy stands that on random halves of the test pictures, under the removal operator that the
+explainer is trained for: a backbone that never saw partial pictures gives erratic targets.
+
 Writes TASK.safetensors and heads.json to models/P/heads/BACKBONE-DATASET, and metrics.json to
 results/P/heads/BACKBONE-DATASET.
 """
@@ -13,11 +16,14 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 
-from tve.backbones import Backbone, file_sha256, open_backbone
+from tve.backbones import Backbone, open_backbone
+from tve.digests import file_sha256
+from tve.evaluator import CoalitionEvaluator
 from tve.heads import EmbeddedPictures, accuracy, embed_pictures, fit_linear_head, save_head
+from tve.removal import Removal
 from tve.shards import Shards
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import Count, Name, Section, active_profile, load_section
+from tve_pipeline.params import Count, Name, Section, active_profile, load_backbone_params, load_section
 
 TRAIN_SPLIT = "train"
 TEST_SPLIT = "test"
@@ -39,18 +45,21 @@ def main(argv: list[str]) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = Shards.open(Path("data", profile, "shards", dataset))
     backbone = open_backbone(Path("models", profile, "backbone", backbone_name)).to(device)
+    removal = load_backbone_params(backbone_name).removal
     cell = f"{backbone_name}-{dataset}"
     with whole_folder(Path("models", profile, "heads", cell)) as folder:
-        document = fit_heads(backbone, shards, params, folder)
+        document = fit_heads(backbone, shards, params, removal, folder)
     with whole_folder(Path("results", profile, "heads", cell)) as folder:
-        numbers = ("test_accuracy", "train_accuracy", "num_train", "num_test")
+        numbers = ("test_accuracy", "halves_accuracy", "train_accuracy", "num_train", "num_test")
         write_json(
             folder / "metrics.json",
             {task: {name: entry[name] for name in numbers} for task, entry in document["tasks"].items()},
         )
 
 
-def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: Path) -> dict[str, Any]:
+def fit_heads(
+    backbone: Backbone, shards: Shards, params: HeadsParams, removal: Removal, folder: Path
+) -> dict[str, Any]:
     """Fits and writes the heads of all tasks of a dataset, and says what `heads.json` says.
 
     Raises:
@@ -60,8 +69,9 @@ def fit_heads(backbone: Backbone, shards: Shards, params: HeadsParams, folder: P
         raise ValueError(f"heads: expected a dataset with tasks, got {shards.dataset}, whose pictures have no labels")
     train = embed_pictures(backbone, shards, TRAIN_SPLIT, limit=params.max_train)
     test = embed_pictures(backbone, shards, TEST_SPLIT)
+    halves = embed_pictures(backbone, shards, TEST_SPLIT, halved_by=CoalitionEvaluator(backbone, removal))
     tasks = {
-        task: _fit(task, classes, train, test, params, folder / f"{task}.safetensors")
+        task: _fit(task, classes, train, test, halves, params, folder / f"{task}.safetensors")
         for task, classes in shards.tasks.items()
         if task not in params.skip_tasks
     }
@@ -75,6 +85,7 @@ def _fit(
     classes: tuple[str, ...],
     train: EmbeddedPictures,
     test: EmbeddedPictures,
+    halves: EmbeddedPictures,
     params: HeadsParams,
     path: Path,
 ) -> dict[str, Any]:
@@ -92,13 +103,15 @@ def _fit(
     entry = {
         "classes": list(classes),
         "test_accuracy": accuracy(head, test.embeddings, test.labels_of(task)),
+        "halves_accuracy": accuracy(head, halves.embeddings, halves.labels_of(task)),
         "train_accuracy": accuracy(head, train.embeddings, train.labels_of(task)),
         "num_train": len(train.keys),
         "num_test": len(test.keys),
         "file": path.name,
         "sha256": file_sha256(path),
     }
-    print(f"{task}: {entry['test_accuracy']:.3f} of {entry['num_test']} test pictures right")
+    right = f"{entry['test_accuracy']:.3f} of {entry['num_test']} test pictures right"
+    print(f"{task}: {right}, {entry['halves_accuracy']:.3f} on random halves")
     return entry
 
 

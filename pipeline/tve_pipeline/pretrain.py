@@ -12,7 +12,8 @@ from typing import Literal
 import torch
 from safetensors.torch import save_file
 
-from tve.backbones import Backbone, file_sha256, open_backbone
+from tve.backbones import Backbone, open_backbone
+from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer, ExplainerConfig
 from tve.mae import MaskedAutoencoder, initialise_from_file, initialise_from_mae, pretrain_mae

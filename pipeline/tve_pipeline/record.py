@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tve.shards import file_sha256
+from tve.digests import file_sha256
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_section
 

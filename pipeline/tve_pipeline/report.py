@@ -37,7 +37,7 @@ from tve_pipeline.report_tables import (
     removals_of,
     share_row,
 )
-from tve_pipeline.report_words import GLOSSARY, cut_short, headline, protocol
+from tve_pipeline.report_words import GLOSSARY, accuracy_falls, cut_short, headline, protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -172,7 +172,7 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
 
 def _accuracies(results: Results, backbone: str, column: dict[str, Any]) -> dict[str, str]:
     head = results.heads.get((backbone, column["dataset"]), {}).get(column["task"], {})
-    return {name: _accuracy(head.get(f"{name}_accuracy")) for name in ("test", "train")}
+    return {name: _accuracy(head.get(f"{name}_accuracy")) for name in ("test", "halves", "train")}
 
 
 def _accuracy(value: float | None) -> str:
@@ -182,8 +182,7 @@ def _accuracy(value: float | None) -> str:
 def _learned(results: Results, backbone: str) -> dict[str, Any]:
     """One backbone's rows of the table of R², and its training curve."""
     found = results.pretraining.get(backbone)
-    drop = results.backbone_metrics.get(backbone, {}).get("accuracy_drop_on_random_halves")
-    halves = None if drop is None else f"{100 * drop:.0f}"
+    halves = accuracy_falls(results, backbone)
     if found is None:
         return {"name": backbone, "rows": None, "curve": None, "halves": halves}
     metrics = found.metrics

@@ -3,7 +3,6 @@
     results/P/evaluate/<backbone>-<dataset>/{metrics.json, curves.csv, heatmaps.npz, heatmaps.json}
     results/P/pretrain/<backbone>/{metrics.json, training.csv}
     results/P/heads/<backbone>-<dataset>/metrics.json
-    results/P/backbone/<backbone>/metrics.json
 
 A missing folder is not an error: the report marks it missing.
 """
@@ -78,7 +77,6 @@ class Results:
     evaluations: dict[tuple[str, str], Evaluation]
     pretraining: dict[str, Pretraining]
     heads: dict[tuple[str, str], dict[str, Any]]
-    backbone_metrics: dict[str, dict[str, Any]]
 
     def missing(self) -> list[str]:
         """The expected results that are not there, in words."""
@@ -100,14 +98,12 @@ def read_results(folder: Path, backbones: tuple[str, ...], datasets: tuple[str, 
     evaluations = {pair: _evaluation(folder / "evaluate" / name) for pair, name in pairs.items()}
     pretraining = {name: _pretraining(folder / "pretrain" / name) for name in backbones}
     heads = {pair: _metrics(folder / "heads" / name) for pair, name in pairs.items()}
-    backbone_metrics = {name: _metrics(folder / "backbone" / name) for name in backbones}
     return Results(
         backbones,
         datasets,
         {pair: found for pair, found in evaluations.items() if found},
         {name: found for name, found in pretraining.items() if found},
         {pair: found for pair, found in heads.items() if found},
-        {name: found for name, found in backbone_metrics.items() if found},
     )
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from tve.shards import Sample, encode_masks, file_sha256, write_shards
+from tve.digests import file_sha256
+from tve.samples import Sample, encode_masks
+from tve.shards import write_shards
 from tve.sources import (
     Picture,
     Source,
