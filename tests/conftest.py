@@ -1,5 +1,26 @@
-"""One thread a process: the tensors of tests are small, and threads that wait for each other cost time."""
+"""One thread a process: the tensors of tests are small, and threads that wait for each other cost time.
 
+Where the extra `pipeline` is not installed (a GPU machine with the core alone), the tests of the core run, and pytest
+says at the end which files were left out.
+"""
+
+from importlib.util import find_spec
+
+import pytest
 import torch
 
 torch.set_num_threads(1)
+
+MISSING = [name for name in ("dvc", "prefect", "pydantic", "webdataset") if find_spec(name) is None]
+NEED_THE_PIPELINE = [
+    *("architecture/test_profiles_share_one_graph.py", "architecture/test_stage_dependencies.py"),
+    *("test_backbone_training.py", "test_check.py", "test_evaluate.py", "test_heads.py", "test_params.py"),
+    *("test_report.py", "test_shards.py", "test_sources.py"),
+]
+collect_ignore = NEED_THE_PIPELINE if MISSING else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was left out, and why."""
+    if MISSING:
+        terminalreporter.write_line(f"without {', '.join(MISSING)}: left out {', '.join(NEED_THE_PIPELINE)}")
