@@ -42,6 +42,9 @@ types: $(READY) ## mypy, strict
 	mypy
 
 profile: ## switch params.yaml: make profile NAME=real
+	@if [ -e params.yaml ] && [ ! -L params.yaml ]; then \
+	  echo "params.yaml is a file, not a link; move your edits to profiles/NAME.yaml first" >&2; exit 1; \
+	fi
 	@case " $(PROFILES) " in \
 	  *" $(or $(NAME),?) "*) ln -sfn profiles/$(NAME).yaml params.yaml && echo "profile: $(NAME)" ;; \
 	  *) echo "profile: expected NAME= one of $(PROFILES); got '$(NAME)'" >&2; exit 1 ;; \
@@ -54,7 +57,7 @@ lock: $(READY) ## renew requirements.lock from pyproject.toml
 	uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-emit-index-url --no-emit-find-links --no-annotate -q -o requirements.lock
 
-goals-main: $(READY) ## measure what the main job promises: one JSON line per goal
+goals-main: $(READY) ## measure what the main job promises; about 20 minutes: clones, installs, runs everything
 	python -m tve_pipeline.goals main
 
 clean: ## remove what the pipeline made (not DVC's cache, from which `dvc checkout` restores it) and tools' caches

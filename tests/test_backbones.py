@@ -1,4 +1,5 @@
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tve.backbones import Backbone, load_backbone, open_backbone, save_backbone, state_digest
+from tve.coalitions import Windows
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
+from tve.meta_attribution import exact_windows
 from tve.removal import zero_pixels
 
 VIT = "vit_tiny_patch16_224"
@@ -140,8 +143,18 @@ def test_weights_of_another_picture_size_have_their_positions_interpolated(tmp_p
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file(backbone().model.state_dict(), path)
-    with pytest.raises(ValueError, match=r"weights\.safetensors does not fit vit_tiny_patch16_224"):
-        load_backbone(VIT, path, timm_args=SMALL_VIT | {"depth": 2})
+    for changes, count, first in (
+        ({"depth": 2}, "12 tensors differ", r"blocks\.2\.attn\.proj\.bias \[32\] instead of none"),
+        ({"depth": 4}, "12 tensors differ", r"blocks\.3\.norm1\.weight none instead of \[32\]"),
+        ({"num_classes": 7}, "2 tensors differ", r"head\.weight \[5, 32\] instead of \[7, 32\]"),
+        ({"embed_dim": 48}, r"\d+ tensors differ", r"cls_token \[1, 1, 32\] instead of \[1, 1, 48\]"),
+        ({"embed_dim": 48, "img_size": 48}, r"\d+ tensors differ", r"cls_token \[1, 1, 32\] instead of \[1, 1, 48\]"),
+    ):
+        message = (
+            rf"weights\.safetensors: does not fit {VIT}: {count}, first {first}; check architecture and timm_args$"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_backbone(VIT, str(path), timm_args=SMALL_VIT | changes)
     with pytest.raises(FileNotFoundError, match=r"expected a \.safetensors or \.pth file, got .*absent"):
         load_backbone(VIT, tmp_path / "absent.pth", timm_args=SMALL_VIT)
     for suffix in (".safetensors", ".pth"):
@@ -149,9 +162,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         broken.write_bytes(b"no weights")
         with pytest.raises(ValueError, match=rf"broken\{suffix}: expected a \.safetensors or \.pth file of weights"):
             load_backbone(VIT, broken, timm_args=SMALL_VIT)
+    torch.save({"epoch": 3, "net": {}}, tmp_path / "run.pth")
+    with pytest.raises(ValueError, match=r"run\.pth: expected named tensors, .*got \['epoch', 'net'\]"):
+        load_backbone(VIT, tmp_path / "run.pth", timm_args=SMALL_VIT)
+    with pytest.raises(FileNotFoundError, match="which is a folder"):
+        load_backbone(VIT, tmp_path, timm_args=SMALL_VIT)
 
 
 def test_an_unknown_architecture_is_refused_with_similar_names() -> None:
+    with pytest.raises(ValueError, match=r"got 'vit_tiny_patch16_225'; similar names: vit_tiny_patch16_224,"):
+        load_backbone("vit_tiny_patch16_225", "random")
+    with pytest.raises(ValueError, match=r"got 'resnet_18\.a1_in1k'; similar names: resnet18,"):
+        load_backbone("resnet_18.a1_in1k", "random")
     with pytest.raises(ValueError, match=r"expected a timm model name, got 'swin_minute'; similar names: .*swin_"):
         load_backbone("swin_minute", "random")
     with pytest.raises(ValueError, match="expected a timm model name, got 'zzz'"):
@@ -222,10 +244,75 @@ def test_preprocessing_that_does_not_exist_is_refused() -> None:
         load_backbone(VIT, "random", timm_args=SMALL_VIT, preprocessing={"interpolation": "cubist"})
 
 
+@pytest.mark.parametrize(
+    ("architecture", "timm_args", "patches"),
+    [
+        ("inception_v3", {}, 13),  # 299 = 13 x 23 pixels, from 18: a tie
+        ("resnet18", {"pretrained_cfg_overlay": {"input_size": [3, 200, 200]}}, 10),  # from 12
+        ("resnet18", {}, 14),
+    ],
+)
+def test_a_default_grid_always_divides_the_picture(architecture: str, timm_args: dict[str, Any], patches: int) -> None:
+    made = load_backbone(architecture, "random", timm_args=timm_args)
+    assert made.patches_per_side == patches
+
+
+def test_a_grid_that_was_asked_for_is_never_another() -> None:
+    with pytest.raises(ValueError, match="patches_per_side: expected a divisor of 32 pixels, got 5"):
+        load_backbone(VIT, "random", timm_args=SMALL_VIT, patches_per_side=5)
+
+
+def test_pixels_are_the_picture_as_the_model_saw_it() -> None:
+    made = backbone()
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8)
+    whole = replace(made.config.preprocessing, crop_pct=1.0, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.1))
+    made = Backbone(replace(made.config, preprocessing=whole), made.model)
+    pixels = made.pixels(made.preprocess(Image.fromarray(picture)))
+    assert pixels.dtype == np.uint8
+    assert (pixels == picture).all()
+    with pytest.raises(ValueError, match=r"image: expected one picture \[3, S, S\], got \[1, 3, 32, 32\]"):
+        made.pixels(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize("wrong", ["picture.jpg", np.zeros((32, 32, 3), np.uint8), Path("picture.jpg")])
+def test_only_a_pil_image_is_preprocessed(wrong: Any) -> None:
+    expected = f"image: expected a PIL image, got {type(wrong).__name__}; open it with PIL.Image.open"
+    with pytest.raises(ValueError, match=expected):
+        backbone().preprocess(wrong)
+
+
+@pytest.mark.parametrize(
+    ("images", "got"),
+    [
+        ([torch.zeros(3, 32, 32)], "got list"),
+        (np.zeros((1, 3, 32, 32)), "got ndarray"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"got uint8 \[1, 3, 32, 32\]"),
+        (torch.zeros(3, 3, 32, 32).index_fill(0, torch.tensor([2]), torch.nan), "got NaN or infinity in picture 2"),
+        (torch.full((1, 3, 32, 32), torch.inf), "got NaN or infinity in picture 0"),
+    ],
+    ids=["list", "array", "bytes", "NaN", "infinity"],
+)
+def test_what_is_not_a_batch_of_normalised_pictures_is_refused_by_all_that_reads_pictures(
+    images: Any, got: str
+) -> None:
+    made = backbone()
+    evaluator = CoalitionEvaluator(made, "drop")
+    readers: list[Callable[[], object]] = [
+        lambda: made(images),
+        lambda: made.features(images, 1),
+        lambda: evaluator.full(images),
+        lambda: evaluator(images, torch.ones(1, 1, 4, 4, dtype=torch.bool)),
+        lambda: exact_windows(evaluator, images, Windows(4, 1)),
+    ]
+    for reader in readers:
+        with pytest.raises(ValueError, match=rf"images: expected \[B, 3, 32, 32\] for ViT, floating and finite, {got}"):
+            reader()
+
+
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 3, 32, 24), (2, 1, 32, 32)])
 def test_pictures_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
     for read in (backbone(), backbone().features):
-        with pytest.raises(ValueError, match=r"images: expected \[B, 3, 32, 32\] for ViT, got"):
+        with pytest.raises(ValueError, match=r"images: expected \[B, 3, 32, 32\] for ViT, .*, got float32"):
             read(torch.zeros(shape), **({} if isinstance(read, Backbone) else {"num_levels": 1}))
 
 

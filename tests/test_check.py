@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tve_pipeline.check import check_backbone, check_run, check_source, main, parse_profile
+from tve_pipeline.check import check_backbone, check_num_pictures, check_run, check_source, main, parse_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,9 +17,9 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def write(profile: str = "scenes", **changes: Any) -> None:
+def write(source: str = "scenes", /, **changes: Any) -> None:
     """The profile as ./params.yaml, with keys such as `run__datasets` changed; `...` takes the key away."""
-    document = yaml.safe_load((ROOT / "profiles" / f"{profile}.yaml").read_text())
+    document = yaml.safe_load((ROOT / "profiles" / f"{source}.yaml").read_text())
     for path, value in changes.items():
         *parents, key = path.split("__")
         section = document
@@ -55,7 +55,12 @@ def test_a_passed_check_writes_the_same_whatever_the_numbers(project: Path) -> N
             {"heads__max_iters": 3},
             "heads.max_iters: unknown key; known keys: skip_tasks, max_train, regularization, max_iter",
         ),
-        ({"evaluate__removals": ["blur"]}, "evaluate.removals.0"),
+        ({"evaluate__removals": ["blur"]}, "evaluate.removals.0: expected 'zero' or 'drop', got 'blur'"),
+        ({"backbones": None}, "params.yaml: backbones: expected a mapping, got null"),
+        ({"datasets": ["scenes"]}, r"params.yaml: datasets: expected a mapping, got \['scenes'\]"),
+        ({"backbones": {1: {}}}, "backbones: expected names of letters, digits and underscores, got 1"),
+        ({"heads": None}, "params.yaml: heads: expected a mapping, got null"),
+        ({"datasets__scenes__kind": ["scenes"]}, "datasets.scenes.kind: expected one of"),
     ],
 )
 def test_a_wrong_section_or_key_is_named(project: Path, changes: dict[str, Any], message: str) -> None:
@@ -77,6 +82,12 @@ def test_a_wrong_section_or_key_is_named(project: Path, changes: dict[str, Any],
         ({"run__backbone_reads": "elsewhere"}, "expected data/scenes/shards/scenes, got elsewhere"),
         ({"evaluate__split": "val"}, "datasets.scenes: expected a split 'val', got splits train, test"),
         ({"datasets__scenes__splits": {"training": 3}}, "datasets.scenes.splits: expected one of pretrain"),
+        ({"heads__skip_tasks": ["size"]}, "heads.skip_tasks: expected one of digit, parity, .*, got 'size'"),
+        (
+            {"heads__skip_tasks": ["digit", "parity", "shape", "colour", "joint"]},
+            "heads.skip_tasks: expected to leave a task of 'scenes'",
+        ),
+        ({"backbone__train__dataset": "scenes_unlabelled"}, "backbone.train.dataset: expected pictures with tasks"),
     ],
 )
 def test_a_name_that_is_not_defined_is_refused(project: Path, changes: dict[str, Any], message: str) -> None:
@@ -92,13 +103,15 @@ def test_a_name_that_is_not_defined_is_refused(project: Path, changes: dict[str,
         ({"patches_per_side": 7}, "patches_per_side: expected a divisor of 64 pixels, got 7"),
         ({"patches_per_side": 4}, "'drop' expected the model's own 8 x 8 patches, got a grid of 4"),
         ({"timm_args": {"img_size": 64, "patch_size": 8, "num_classes": 10}}, "num_classes: expected 40 .*got 10"),
+        ({"weights": "gone.pth"}, "^backbones.vit_scenes: weights: expected a file or a folder, got gone.pth"),
+        ({"weights": "."}, "^backbones.vit_scenes: weights of .*: expected a .safetensors or .pth file, got"),
     ],
 )
 def test_a_backbone_that_cannot_be_built_or_dropped_from_is_refused(
     project: Path, changes: dict[str, Any], message: str
 ) -> None:
     write(**{f"backbones__vit_scenes__{key}": value for key, value in changes.items()})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
         check_backbone("vit_scenes", parse_profile())
 
 
@@ -108,13 +121,71 @@ def test_a_window_as_large_as_the_picture_is_refused(project: Path) -> None:
         check_backbone("vit_scenes", parse_profile())
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pretrain__centres_per_image": 65}, "centres_per_image: expected at most the 64 windows of 8 x 8 .* got 65"),
+        ({"evaluate__fractions": [0.001]}, "evaluate: fractions: expected some that give 1 to 63 of 64 patches"),
+    ],
+)
+def test_numbers_that_the_grid_of_a_backbone_cannot_serve_are_refused(
+    project: Path, changes: dict[str, Any], message: str
+) -> None:
+    write(**changes)
+    with pytest.raises(ValueError, match=f"^backbones.vit_scenes: .*{message}"):
+        check_backbone("vit_scenes", parse_profile())
+
+
+def test_a_removal_of_the_evaluation_that_a_backbone_cannot_serve_is_refused(project: Path) -> None:
+    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=4, evaluate__removals=["zero"])
+    check_backbone("vit_scenes", parse_profile())
+    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=4)
+    with pytest.raises(ValueError, match=r"^backbones\.vit_scenes: evaluate\.removals: .*'drop' expected"):
+        check_backbone("vit_scenes", parse_profile())
+
+
+@pytest.mark.parametrize(
+    ("key", "available", "split"),
+    [
+        ("pretrain__batch_size", 16000, "pretrain"),
+        ("pretrain__num_evaluation_pictures", 256, "pretrain_val"),
+        ("evaluate__num_pictures", 2000, "test"),
+        ("backbone__train__batch_size", 16000, "train"),
+    ],
+)
+def test_more_pictures_than_a_split_has_are_refused(project: Path, key: str, available: int, split: str) -> None:
+    def check() -> None:
+        profile = parse_profile()
+        check_num_pictures(profile, {name: check_source(name, entry) for name, entry in profile.datasets.items()})
+
+    write(**{key: available})
+    check()
+    write(**{key: available + 1})
+    where = key.replace("__", ".")
+    message = rf"^{where}: expected at most the {available} pictures of split '{split}' of .*, got {available + 1}$"
+    with pytest.raises(ValueError, match=message):
+        check()
+
+
+def test_a_copied_profile_is_refused_until_it_has_the_name_of_its_file(project: Path) -> None:
+    (project / "profiles").mkdir()
+    (project / "params.yaml").symlink_to("profiles/mine.yaml")
+    write()
+    with pytest.raises(ValueError, match=r"^profile: expected 'mine', the name of its file, got 'scenes'; outputs"):
+        main([])
+    assert not (project / "results").exists()
+    write(profile="mine", run__backbone_reads="data/mine/shards/scenes")
+    main([])
+    assert (project / "results/mine/check/params.json").is_file()
+
+
 def test_missing_weights_and_sources_are_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TVE_DATA", str(project))
     write("real")
     profile = parse_profile()
-    with pytest.raises(FileNotFoundError, match=r"vit_tiny_patch16_224\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"^backbones\.vit_tiny: .*vit_tiny_patch16_224\.safetensors"):
         check_backbone("vit_tiny", profile)
-    with pytest.raises(ValueError, match=r"datasets\.pool: .*pretrain_pool_160\.zip"):
+    with pytest.raises(FileNotFoundError, match=r"^datasets\.pool: source: .*pretrain_pool_160\.zip"):
         check_source("pool", profile.datasets["pool"])
 
 

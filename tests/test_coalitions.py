@@ -44,6 +44,9 @@ def test_border_windows_are_clipped_and_not_wrapped() -> None:
         (0, 0, "patches_per_side: expected at least 1, got 0"),
         (4, -1, "radius: expected 0 to 3"),
         (4, 4, "radius: expected 0 to 3 on a 4 x 4 grid, got 4"),
+        (8, 1.5, r"radius: expected a whole number \(int\), got 1\.5"),
+        (8, True, r"radius: expected a whole number \(int\), got True"),
+        (8.0, 1, r"patches_per_side: expected a whole number \(int\), got 8\.0"),
     ],
 )
 def test_a_window_that_cannot_be_is_an_error(patches: int, radius: int, message: str) -> None:

@@ -76,8 +76,48 @@ def test_a_class_the_head_lacks_and_a_head_of_another_width_are_refused(backbone
     explainer, images = explainer_for(backbone), torch.randn(1, 3, 32, 32)
     with pytest.raises(ValueError, match="expected 0 to 6, got"):
         explainer.explain(images, nn.Linear(32, 7), target=7)
-    with pytest.raises(ValueError, match="width 32, got one of width 48"):
+    with pytest.raises(ValueError, match="width 32, got one that fails on them"):
         explainer.explain(images, nn.Linear(48, 7))
+    with pytest.raises(ValueError, match=r"class: expected an int, or one per picture, \[1\], got float32"):
+        explainer.explain(images, nn.Linear(32, 7), target=2.0)  # type: ignore[arg-type]
+
+
+def test_one_class_per_picture_may_be_a_list(backbone: Backbone) -> None:
+    explainer, head, images = explainer_for(backbone), nn.Linear(32, 7), torch.randn(3, 3, 32, 32)
+    every = explainer.explain_all(images, head)
+    assert torch.equal(explainer.explain(images, head, [4, 0, 4]), every[torch.arange(3), torch.tensor([4, 0, 4])])
+
+
+def test_heatmaps_can_enter_a_computation_that_is_differentiated(backbone: Backbone) -> None:
+    explainer, head, images = explainer_for(backbone), nn.Linear(32, 7), torch.randn(1, 3, 32, 32)
+    weight = torch.ones(4, 4, requires_grad=True)
+    exact = exact_windows(CoalitionEvaluator(backbone, "drop"), images, explainer.family)
+    for result in (explainer.explain(images, head), explainer.explain_all(images, head), exact.kept_BND[..., :4]):
+        assert not result.requires_grad
+        (weight * result.reshape(-1, 4, 4)).sum().backward()
+    assert weight.grad is not None
+
+
+def test_what_the_explainer_predicts_knows_the_radius_of_its_windows(backbone: Backbone) -> None:
+    explainer, images = explainer_for(backbone, radius=2), torch.randn(2, 3, 32, 32)
+    exact = exact_windows(CoalitionEvaluator(backbone, "drop"), images, explainer.family)
+    assert explainer(images).radius == exact.radius == predict(explainer, images, 1).radius == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"removal": "blur"}, "removal: expected one of .*, got 'blur'"),
+        ({"radius": 1.5}, r"radius: expected a whole number \(int\), got 1\.5"),
+        ({"radius": 4}, "radius: expected 0 to 3 on a 4 x 4 grid, got 4"),
+        ({"form": "three"}, "form: expected one of .*, got 'three'"),
+    ],
+)
+def test_a_configuration_that_does_not_exist_is_refused(
+    backbone: Backbone, settings: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        explainer_for(backbone, **settings)
 
 
 def batches_of(images: torch.Tensor, size: int, start_step: int) -> Iterator[PictureBatch]:
@@ -148,10 +188,10 @@ def test_a_checkpoint_of_another_configuration_is_not_resumed(backbone: Backbone
 
 
 def test_a_loss_that_is_not_finite_names_step_and_pictures(backbone: Backbone, tmp_path: Path) -> None:
-    images = torch.randn(16, 3, 32, 32)
-    images[8:] = float("nan")
+    explainer = explainer_for(backbone)
+    nn.init.constant_(explainer.network.to_kept.weight, float("nan"))  # type: ignore[union-attr,arg-type]
     with pytest.raises(NonFiniteLossError, match=r"step 0: .* pictures 0000"):
-        short_run(explainer_for(backbone), images, tmp_path / "c.pt")
+        short_run(explainer, torch.randn(16, 3, 32, 32), tmp_path / "c.pt")
 
 
 def test_an_export_explains_as_the_explainer_did_and_is_the_same_bytes(backbone: Backbone, tmp_path: Path) -> None:
@@ -163,6 +203,48 @@ def test_an_export_explains_as_the_explainer_did_and_is_the_same_bytes(backbone:
     assert torch.equal(load_explainer(tmp_path / "a").explain(images, head), explainer.explain(images, head))
     for file in ("explainer.safetensors", "config.json", "README.md", "backbone/model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b"[]"),
+        ("config.json", b'{"format": 1}'),
+        ("config.json", b"\xff\xfe"),
+        ("explainer.safetensors", b"no tensors"),
+        ("backbone/backbone.json", b'{"name": "vit"}'),
+        ("backbone/backbone.json", b""),
+        ("backbone/model.safetensors", b""),
+    ],
+)
+def test_a_damaged_export_is_refused_by_the_name_of_the_file(
+    backbone: Backbone, tmp_path: Path, file: str, content: bytes
+) -> None:
+    save_explainer(explainer_for(backbone), str(tmp_path))
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file}: not an export, or damaged; export again"):
+        load_explainer(str(tmp_path))
+
+
+def test_an_export_with_an_unknown_setting_is_refused(backbone: Backbone, tmp_path: Path) -> None:
+    save_explainer(explainer_for(backbone), tmp_path)
+    text = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").write_text(text.replace('"num_levels"', '"levels"'))
+    with pytest.raises(ValueError, match=r"config\.json: not an export, or damaged; export again .*levels"):
+        load_explainer(tmp_path)
+
+
+def test_a_folder_without_an_export_is_said_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"expected an exported explainer with config\.json, got"):
+        load_explainer(tmp_path)
+
+
+def test_a_state_of_another_configuration_is_refused_in_one_line(backbone: Backbone) -> None:
+    wide, narrow = explainer_for(backbone, width=24), explainer_for(backbone)
+    with pytest.raises(ValueError, match=r"does not fit this configuration: \d+ tensors differ, first \S+ \[.*24") as e:
+        narrow.load_trained_state(wide.trained_state())
+    assert len(str(e.value)) < 200
 
 
 def test_an_export_does_not_serve_another_backbone(backbone: Backbone, tmp_path: Path) -> None:

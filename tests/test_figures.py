@@ -1,9 +1,12 @@
 """Figures: overlays keep the picture and the place; panels draw what they are given."""
 
 import re
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from tve.figures import (
     AGAINST_RGB,
@@ -85,15 +88,32 @@ def test_an_overlay_grows_to_a_multiple_of_the_grid() -> None:
 @pytest.mark.parametrize(
     ("picture", "phi_PP", "message"),
     [
-        (np.zeros((8, 8, 3), np.float32), np.zeros((2, 2), np.float32), r"expected uint8 \[S, S, 3\], got float32"),
-        (np.zeros((8, 4, 3), np.uint8), np.zeros((2, 2), np.float32), r"got uint8 \[8, 4, 3\]"),
+        (np.zeros((8, 8, 3), np.float32), np.zeros((2, 2), np.float32), r"uint8 \[S, S, 3\], got float32"),
+        (np.zeros((8, 4, 3), np.uint8), np.zeros((2, 2), np.float32), r"square .* got uint8 \[8, 4, 3\]; .*pixels"),
+        (Image.new("RGB", (8, 4)), np.zeros((2, 2), np.float32), r"got uint8 \[4, 8, 3\]; backbone.pixels\(image\)"),
+        (torch.zeros(3, 8, 8), np.zeros((2, 2), np.float32), r"got float32 \[3, 8, 8\]"),
+        (np.zeros((8, 8, 3), np.uint8), torch.zeros(1, 2, 2), r"expected \[P, P\], got \[1, 2, 2\]; one map"),
         (np.zeros((8, 8, 3), np.uint8), np.zeros((2, 3), np.float32), r"expected \[P, P\], got \[2, 3\]"),
         (np.zeros((8, 8, 3), np.uint8), np.full((2, 2), np.nan, np.float32), "expected finite .* got 4"),
     ],
 )
-def test_what_is_no_picture_or_no_map_is_refused(picture: np.ndarray, phi_PP: np.ndarray, message: str) -> None:
+def test_what_is_no_picture_or_no_map_is_refused(picture: Any, phi_PP: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         overlay(picture, phi_PP)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+def test_a_pil_image_looks_like_its_pixels(mode: str) -> None:
+    image = Image.fromarray(noise_picture()).convert(mode)
+    phi_PP = one_patch(1, 2, 1.0)
+    np.testing.assert_array_equal(overlay(image, phi_PP), overlay(np.asarray(image.convert("RGB")), phi_PP))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_tensor_looks_like_the_same_array_even_with_a_gradient(dtype: torch.dtype) -> None:
+    phi_PP = one_patch(1, 2, 1.0) - one_patch(0, 0, 0.5)  # exact in bfloat16
+    tensor = torch.from_numpy(phi_PP).to(dtype).requires_grad_()
+    np.testing.assert_array_equal(overlay(noise_picture(), tensor), overlay(noise_picture(), phi_PP))
 
 
 def test_no_two_methods_look_alike() -> None:
@@ -134,3 +154,16 @@ def test_a_grid_of_pictures_has_one_axes_a_picture_and_is_the_same_bytes_twice(t
         save_png(figure, path, 60)
         written.append(path.read_bytes())
     assert written[0] == written[1]
+
+
+def test_a_grid_without_row_titles_has_no_margin_for_them_and_one_with_them_room_for_the_longest() -> None:
+    panel = Panel(enlarged(noise_picture(), 16))
+    for titles in (["", ""], ["TVE", "deit_tiny, Exact windows"]):
+        figure = picture_grid([[panel], [panel]], ["picture"], titles)
+        figure.canvas.draw()
+        left = figure.axes[0].get_window_extent().x0
+        written = [text.get_window_extent() for text in figure.texts if text.get_text()]
+        labels = [label.get_window_extent() for label in figure.axes[-1].get_xticklabels()]
+        assert min(box.x0 for box in (*written, *labels)) >= 0
+        assert max(box.x1 for box in (*written, *labels)) <= figure.bbox.width
+        assert (left < 0.1 * figure.dpi) == (titles == ["", ""])

@@ -178,3 +178,7 @@ def test_a_head_file_that_does_not_fit_is_refused(tmp_path: Path) -> None:
         load_head(path)
     with pytest.raises(FileNotFoundError, match="which does not exist"):
         load_head(tmp_path / "absent.safetensors")
+    with pytest.raises(
+        ValueError, match=r"expected a \.safetensors file, got .*, which is a folder; name a file in it"
+    ):
+        load_head(str(tmp_path))

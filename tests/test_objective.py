@@ -19,7 +19,7 @@ from tve.objective import (
 def exact() -> MetaAttribution:
     generator = torch.Generator().manual_seed(0)
     kept, removed = torch.randn(2, 3, 9, 5, generator=generator)
-    return MetaAttribution(kept, removed, torch.randn(3, 5, generator=generator), torch.zeros(5))
+    return MetaAttribution(kept, removed, torch.randn(3, 5, generator=generator), torch.zeros(5), 1)
 
 
 def test_a_perfect_prediction_has_r2_one_and_no_loss(exact: MetaAttribution) -> None:
@@ -32,12 +32,12 @@ def test_a_perfect_prediction_has_r2_one_and_no_loss(exact: MetaAttribution) -> 
 
 def test_predicting_each_pictures_own_mean_has_r2_zero(exact: MetaAttribution) -> None:
     mean = exact.kept_BND.mean(1, keepdim=True).expand_as(exact.kept_BND)
-    flat = MetaAttribution(mean, exact.removed_BND, exact.full_BD, exact.empty_D)
+    flat = MetaAttribution(mean, exact.removed_BND, exact.full_BD, exact.empty_D, exact.radius)
     assert explained_variance(flat, exact).kept == pytest.approx(0, abs=1e-6)
 
 
 def test_a_constant_error_costs_r2_but_not_centred_r2(exact: MetaAttribution) -> None:
-    shifted = MetaAttribution(exact.kept_BND + 3, exact.removed_BND - 3, exact.full_BD, exact.empty_D)
+    shifted = MetaAttribution(exact.kept_BND + 3, exact.removed_BND - 3, exact.full_BD, exact.empty_D, exact.radius)
     learned = explained_variance(shifted, exact)
     assert learned.kept < 0
     assert learned.removed < 0
@@ -56,11 +56,15 @@ def test_both_scaled_losses_of_the_trivial_answers_are_one(exact: MetaAttributio
 
 def test_whitening_makes_a_faint_direction_count_and_the_plain_norm_does_not(exact: MetaAttribution) -> None:
     faint = torch.tensor([1, 1, 1, 1, 0.01])
-    squeezed = MetaAttribution(exact.kept_BND * faint, exact.removed_BND, exact.full_BD, exact.empty_D)
+    squeezed = MetaAttribution(exact.kept_BND * faint, exact.removed_BND, exact.full_BD, exact.empty_D, exact.radius)
     every_centre = torch.arange(9).expand(3, 9)
     targets = WindowTargets(every_centre, squeezed.kept_BND, squeezed.removed_BND)
     wrong_there = MetaAttribution(
-        squeezed.kept_BND * torch.tensor([1, 1, 1, 1, 0]), squeezed.removed_BND, exact.full_BD, exact.empty_D
+        squeezed.kept_BND * torch.tensor([1, 1, 1, 1, 0]),
+        squeezed.removed_BND,
+        exact.full_BD,
+        exact.empty_D,
+        exact.radius,
     )
     plain, whitened = (
         float(regression_loss(wrong_there, targets, target_scale(squeezed, floor))[0]) for floor in (None, 1e-6)

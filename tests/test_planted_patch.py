@@ -19,7 +19,7 @@ from tve.fidelity.levels import nested_levels
 from tve.fidelity.scores import ScoredMap, fidelity
 from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.removal import Removal
-from tve.transfer import Output, TransferRule, transfer
+from tve.transfer_rule import Output, TransferRule, transfer
 
 PATCHES_PER_SIDE = 7
 PATCH_SIZE = 2
@@ -115,7 +115,7 @@ def hand_made_meta(radius: int) -> MetaAttribution:
     red, nothing = torch.tensor([1.0, 0, 0]), torch.zeros(3)
     kept = torch.where(inside[..., None], red, nothing)
     removed = torch.where(inside[..., None], nothing, red)
-    return MetaAttribution(kept, removed, red.expand(len(PLACES), -1), nothing)
+    return MetaAttribution(kept, removed, red.expand(len(PLACES), -1), nothing, radius)
 
 
 def assert_peak(map_PP: Tensor, place: tuple[int, int], radius: int) -> None:
@@ -132,7 +132,7 @@ def test_exact_windows_peak_at_the_planted_patch_wherever_it_is(radius: int, out
     backbone = backbone_for(removal)
     images = one_per_place()
     meta = exact_windows(CoalitionEvaluator(backbone, removal), images, Windows(PATCHES_PER_SIDE, radius))
-    maps = transfer(meta, head_of_colours(backbone), TransferRule(radius, output))[:, 0]
+    maps = transfer(meta, head_of_colours(backbone), TransferRule(output))[:, 0]
     for place, map_PP in zip(PLACES, maps, strict=True):
         assert_peak(map_PP, place, radius)
 
@@ -140,7 +140,7 @@ def test_exact_windows_peak_at_the_planted_patch_wherever_it_is(radius: int, out
 @pytest.mark.parametrize(("radius", "output"), RULES)
 def test_the_transfer_rule_peaks_at_the_planted_patch_wherever_it_is(radius: int, output: Output) -> None:
     head = head_of_colours(brightest_pixel())
-    maps = transfer(hand_made_meta(radius), head, TransferRule(radius, output))[:, 0]
+    maps = transfer(hand_made_meta(radius), head, TransferRule(output))[:, 0]
     for place, map_PP in zip(PLACES, maps, strict=True):
         assert_peak(map_PP, place, radius)
 
@@ -149,7 +149,7 @@ def test_the_transfer_rule_peaks_at_the_planted_patch_wherever_it_is(radius: int
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_each_bracket_alone_peaks_at_the_planted_patch(radius: int, weights: tuple[float, float]) -> None:
     head = head_of_colours(brightest_pixel())
-    rule = TransferRule(radius, weight_kept=weights[0], weight_removed=weights[1])
+    rule = TransferRule(weight_kept=weights[0], weight_removed=weights[1])
     for place, map_PP in zip(PLACES, transfer(hand_made_meta(radius), head, rule)[:, 0], strict=True):
         assert_peak(map_PP, place, radius)
 
@@ -164,7 +164,7 @@ def test_exact_windows_are_the_meta_attribution_written_down_by_hand(radius: int
 
 def test_without_the_window_mean_u_is_highest_exactly_on_the_windows_that_hold_the_patch() -> None:
     head, radius = head_of_colours(brightest_pixel()), 1
-    maps = transfer(hand_made_meta(radius), head, TransferRule(radius, window_mean=False))[:, 0]
+    maps = transfer(hand_made_meta(radius), head, TransferRule(window_mean=False))[:, 0]
     for place, map_PP in zip(PLACES, maps, strict=True):
         highest = {PLACES[n] for n in (map_PP == map_PP.max()).flatten().nonzero()[:, 0].tolist()}
         assert highest == {centre for centre in PLACES if in_window(centre, place, radius)}
@@ -177,7 +177,7 @@ def test_two_patches_that_mirror_each_other_keep_their_own_classes(radius: int, 
     places = [(p, q) for p, q in PLACES if abs(p - q) > 2 * radius]
     images = torch.stack([planted([(p, q), (q, p)], [1, 2]) for p, q in places])
     meta = exact_windows(CoalitionEvaluator(backbone, removal), images, Windows(PATCHES_PER_SIDE, radius))
-    maps = transfer(meta, head_of_colours(backbone), TransferRule(radius))
+    maps = transfer(meta, head_of_colours(backbone))
     for (p, q), map_CPP in zip(places, maps, strict=True):
         assert_peak(map_CPP[1], (p, q), radius)
         assert_peak(map_CPP[2], (q, p), radius)

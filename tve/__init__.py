@@ -16,10 +16,14 @@ if TYPE_CHECKING:
     from tve.heads import load_head as load_head
     from tve.meta_attribution import MetaAttribution as MetaAttribution
     from tve.meta_attribution import exact_windows as exact_windows
-    from tve.transfer import TransferRule as TransferRule
-    from tve.transfer import transfer as transfer
+    from tve.transfer_rule import TransferRule as TransferRule
+    from tve.transfer_rule import transfer as transfer
 
+    __version__: str
+
+_DISTRIBUTION = "transferable-vision-explainer"
 # Names are imported on first use: a stage that reads shards does not wait for timm, nor depend on the explainer.
+# No public name is a module's: importing the module would put it in the name's place.
 _HOME = {
     "Backbone": "backbones",
     "load_backbone": "backbones",
@@ -33,13 +37,28 @@ _HOME = {
     "load_head": "heads",
     "MetaAttribution": "meta_attribution",
     "exact_windows": "meta_attribution",
-    "TransferRule": "transfer",
-    "transfer": "transfer",
+    "TransferRule": "transfer_rule",
+    "transfer": "transfer_rule",
 }
 __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version()
     if name not in _HOME:
         raise AttributeError(f"module 'tve' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"tve.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(_DISTRIBUTION)
+    except PackageNotFoundError as error:
+        raise AttributeError(f"tve.__version__: expected {_DISTRIBUTION} to be installed; pip install it") from error

@@ -4,16 +4,20 @@ A backbone carries its own preprocessing (mean, std, interpolation, crop), which
 of its weights, by which everything made from it is tied to it.
 """
 
+import difflib
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -94,7 +98,7 @@ class Backbone(nn.Module):
         """Embeddings [B, D].
 
         Raises:
-            ValueError: images of another shape than [B, 3, S, S].
+            ValueError: images of another form than [B, 3, S, S], floating and finite.
         """
         self.require_images(images_B3SS)
         return self.pool(self.model.forward_features(images_B3SS))  # type: ignore[operator]
@@ -109,6 +113,9 @@ class Backbone(nn.Module):
 
         Plain transformers: `num_levels` blocks, evenly spaced, the last one included. Hierarchical models: the stages
         whose grid is P x P, and the last stage, upsampled to it.
+
+        Raises:
+            ValueError: as `forward` and `level_indices` do.
         """
         self.require_images(images_B3SS)
         indices = self.level_indices(num_levels)
@@ -123,7 +130,11 @@ class Backbone(nn.Module):
         return Features(levels, self.pool(final))
 
     def level_indices(self, num_levels: int) -> list[int]:
-        """Which of the model's blocks or stages `features` returns, in order."""
+        """Which of the model's blocks or stages `features` returns, in order.
+
+        Raises:
+            ValueError: more levels than blocks, or no stage with a P x P grid.
+        """
         reductions = [int(info["reduction"]) for info in self.model.feature_info]  # type: ignore[union-attr]
         last = len(reductions) - 1
         if len(set(reductions)) == 1:
@@ -145,18 +156,50 @@ class Backbone(nn.Module):
         return head if isinstance(head, nn.Linear) else None
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """One normalised picture [3, S, S], float32."""
+        """One normalised picture [3, S, S], float32.
+
+        Raises:
+            ValueError: anything but a PIL image.
+        """
+        if not isinstance(image, Image.Image):
+            raise ValueError(
+                f"image: expected a PIL image, got {type(image).__name__}; open it with PIL.Image.open, "
+                "or make one from an array with PIL.Image.fromarray"
+            )
         tensor: Tensor = self.transform(image.convert("RGB"))
         return tensor
 
-    def require_images(self, images: Tensor) -> None:
-        expected = (3, self.image_size, self.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            size = self.image_size
+    def pixels(self, image_3SS: Tensor) -> NDArray[np.uint8]:
+        """What the model saw of a normalised picture, as pixels uint8 [S, S, 3].
+
+        Raises:
+            ValueError: a picture of another form than [3, S, S].
+        """
+        if isinstance(image_3SS, Tensor) and image_3SS.ndim == 4:
             raise ValueError(
-                f"images: expected [B, 3, {size}, {size}] for {self.config.name}, got {list(images.shape)}; "
-                "use backbone.preprocess on a PIL image"
+                f"image: expected one picture [3, S, S], got {list(image_3SS.shape)}; take one of the batch"
             )
+        self.require_images(image_3SS[None] if isinstance(image_3SS, Tensor) else image_3SS)
+        preprocessing = self.config.preprocessing
+        mean, std = (image_3SS.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
+        pixels_3SS = ((image_3SS * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
+        return pixels_3SS.permute(1, 2, 0).cpu().numpy()
+
+    def require_images(self, images: Tensor) -> None:
+        """Raises ValueError unless these are normalised pictures: a tensor [B, 3, S, S], floating and finite."""
+        size = self.image_size
+        if not isinstance(images, Tensor):
+            got = type(images).__name__
+        elif not images.is_floating_point() or images.ndim != 4 or tuple(images.shape[1:]) != (3, size, size):
+            got = f"{str(images.dtype).removeprefix('torch.')} {list(images.shape)}"
+        elif not bool(images.isfinite().all()):
+            got = f"NaN or infinity in picture {int((~images.isfinite()).flatten(1).any(1).nonzero()[0])}"
+        else:
+            return
+        raise ValueError(
+            f"images: expected [B, 3, {size}, {size}] for {self.config.name}, floating and finite, got {got}; "
+            "use backbone.preprocess on a PIL image"
+        )
 
 
 def load_backbone(
@@ -179,7 +222,7 @@ def load_backbone(
         timm_args: further arguments of `timm.create_model`, such as img_size or depth.
         preprocessing: what differs from timm's own configuration (mean, std, interpolation, crop_pct).
         patches_per_side: the grid of explanations; by default the model's own patches, 16 pixels for hierarchical
-            models.
+            models, or where these do not divide the picture the nearest number that does.
 
     Raises:
         ValueError: unknown architecture, weights that do not fit, another digest, a grid that does not divide.
@@ -199,8 +242,9 @@ def load_backbone(
     return backbone
 
 
-def save_backbone(backbone: Backbone, folder: Path) -> None:
+def save_backbone(backbone: Backbone, folder: str | Path) -> None:
     """Writes model.safetensors and backbone.json; the same weights give the same bytes."""
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.contiguous().cpu() for key, tensor in backbone.model.state_dict().items()}
     save_file(state, folder / WEIGHTS_FILE)
@@ -208,22 +252,51 @@ def save_backbone(backbone: Backbone, folder: Path) -> None:
     (folder / CONFIG_FILE).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
 
 
-def open_backbone(folder: Path) -> Backbone:
+def open_backbone(folder: str | Path) -> Backbone:
     """The backbone that `save_backbone` wrote.
 
     Raises:
-        ValueError: the weights are not those that the configuration names.
+        FileNotFoundError: no backbone there.
+        ValueError: damaged files, or weights that are not those that the configuration names.
     """
-    document = json.loads((folder / CONFIG_FILE).read_text())
-    expected = document.pop("weights_sha256")
-    document["preprocessing"] = _preprocessing_from(document["preprocessing"])
-    config = BackboneConfig(**document)
+    config_file, weights_file = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
+    with damage_named(config_file):
+        document = json.loads(config_file.read_text())
+        expected = document.pop("weights_sha256")
+        document["preprocessing"] = _preprocessing_from(document["preprocessing"])
+        config = BackboneConfig(**document)
     model = _create(config.architecture, pretrained=False, arguments=config.timm_args)
-    model.load_state_dict(load_file(folder / WEIGHTS_FILE), strict=True)
+    with damage_named(weights_file):
+        state = load_file(weights_file)
+    _load_state(model, state, weights_file, config.architecture)
     backbone = Backbone(config, model)
     if backbone.weights_sha256 != expected:
-        raise ValueError(f"{folder / WEIGHTS_FILE}: expected weights {expected}, got {backbone.weights_sha256}")
+        raise ValueError(f"{weights_file}: expected weights {expected}, got {backbone.weights_sha256}; export again")
     return backbone
+
+
+@contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Makes a ValueError that names the file of what reading a damaged export raises."""
+    try:
+        yield
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"{path}: not an export, or damaged; export again ({error!r})") from error
+
+
+def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """How many tensors of a state differ in name or shape from what is expected, and which first; "" if none."""
+
+    def shape(state: Mapping[str, Tensor], name: str) -> str:
+        return str(list(state[name].shape)) if name in state else "none"
+
+    names = [*expected, *(name for name in given if name not in expected)]
+    differing = [name for name in names if shape(expected, name) != shape(given, name)]
+    if not differing:
+        return ""
+    first = differing[0]
+    count = f"{len(differing)} tensors differ" if len(differing) > 1 else "1 tensor differs"
+    return f"{count}, first {first} {shape(given, first)} instead of {shape(expected, first)}"
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
@@ -239,7 +312,8 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     base = architecture.split(".")[0]
     if not timm.is_model(base):
-        close = timm.list_models(f"*{base.split('_')[0]}*")[:8]
+        close = difflib.get_close_matches(base, timm.list_models(), n=8)
+        close = close or timm.list_models(f"*{base.split('_')[0]}*")[:8]
         hint = f"; similar names: {', '.join(close)}" if close else "; timm.list_models() lists them"
         raise ValueError(f"backbone: expected a timm model name, got {architecture!r}{hint}")
     try:
@@ -251,28 +325,44 @@ def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -
 
 def _load_weights(model: nn.Module, path: Path, sha256: str | None, architecture: str) -> None:
     if not path.is_file():
-        raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}")
+        got = "which is a folder" if path.is_dir() else "which does not exist"
+        raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}, {got}")
     if sha256 is not None and (actual := file_sha256(path)) != sha256:
         raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned")
+    state = _read_weights(path)
+    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
+    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
+    if own is not None and given is not None and own.shape != given.shape and own.shape[-1] == given.shape[-1]:
+        # Another picture size than the weights were trained at: timm's own loading filter interpolates positions.
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]
+    _load_state(model, state, path, architecture)
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = state.get("state_dict", state.get("model", state))
+            if isinstance(state, Mapping):
+                state = state.get("state_dict", state.get("model", state))
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path}: expected a .safetensors or .pth file of weights: {error}") from error
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-    resample = getattr(model, "pos_embed", None)
-    if resample is not None and "pos_embed" in state and state["pos_embed"].shape != resample.shape:
-        # Another picture size than the weights were trained at: timm's own loading filter interpolates positions.
-        from timm.models.vision_transformer import checkpoint_filter_fn
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path}: expected named tensors, at the top or under state_dict or model, got "
+            f"{list(state)[:5] if isinstance(state, Mapping) else type(state).__name__}; save model.state_dict()"
+        )
+    return dict(state)
 
-        state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"{path} does not fit {architecture}: {error}") from error
+
+def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    if differences := misfits(model.state_dict(), state):
+        raise ValueError(f"{path}: does not fit {architecture}: {differences}; check architecture and timm_args")
+    model.load_state_dict(state, strict=True)
 
 
 def _preprocessing(model: nn.Module, arguments: Mapping[str, Any], changes: dict[str, Any]) -> Preprocessing:
@@ -305,4 +395,6 @@ def _preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
 def _default_grid(model: nn.Module, image_size: int) -> int:
     reductions = {int(info["reduction"]) for info in model.feature_info}  # type: ignore[union-attr]
     patch_size = reductions.pop() if len(reductions) == 1 else HIERARCHICAL_PATCH_SIZE
-    return image_size // patch_size
+    natural = image_size // patch_size
+    divisors = (number for number in range(1, image_size + 1) if image_size % number == 0)
+    return min(divisors, key=lambda number: (abs(number - natural), number))

@@ -14,8 +14,13 @@ from torch import Tensor
 class CoalitionFamily(Protocol):
     """A set of N coalitions per picture, each paired with its complement, that an explainer learns to predict.
 
-    The paper's family is `Windows`. Another family (random halves, Shapley coalitions) needs the same three members.
+    The paper's family is `Windows`. Another family (random halves, Shapley coalitions) needs the same four members.
     """
+
+    @property
+    def radius(self) -> int:
+        """How far a coalition reaches around its patch, in patches: what maps are averaged over. 0: no average."""
+        ...
 
     @property
     def patches_per_side(self) -> int: ...
@@ -36,6 +41,8 @@ class Windows:
     radius: int
 
     def __post_init__(self) -> None:
+        require_whole("patches_per_side", self.patches_per_side)
+        require_whole("radius", self.radius)
         if self.patches_per_side < 1:
             raise ValueError(f"patches_per_side: expected at least 1, got {self.patches_per_side}")
         if not 0 <= self.radius < self.patches_per_side:
@@ -65,6 +72,12 @@ def random_halves(num_pictures: int, patches_per_side: int, generator: torch.Gen
     num_patches = patches_per_side**2
     rank_BN = torch.rand(num_pictures, num_patches, generator=generator).argsort(1).argsort(1)
     return (rank_BN < num_patches // 2).reshape(num_pictures, patches_per_side, patches_per_side)
+
+
+def require_whole(name: str, value: object) -> None:
+    """Raises ValueError unless `value` is an int, of Python's own type."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{name}: expected a whole number (int), got {value!r}")
 
 
 def require_coalitions(present_BKPP: Tensor, batch_size: int, patches_per_side: int) -> None:

@@ -57,7 +57,7 @@ class CoalitionEvaluator:
         model = backbone.model
         self.model: nn.Module = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images_B3SS: Tensor, present_BKPP: Tensor) -> Tensor:
         """Embeddings [B, K, D], float32, of K coalitions of each picture.
 
@@ -66,8 +66,10 @@ class CoalitionEvaluator:
             present_BKPP: bool, True where a patch is present.
 
         Raises:
-            ValueError: wrong shapes or dtype, or an empty coalition that the backbone cannot embed.
+            ValueError: wrong shapes or dtype, pixels that are not finite, or an empty coalition that the backbone
+                cannot embed.
         """
+        self.backbone.require_images(images_B3SS)
         batch_size, patches = len(images_B3SS), self.backbone.patches_per_side
         require_coalitions(present_BKPP, batch_size, patches)
         num_coalitions = present_BKPP.shape[1]
@@ -75,7 +77,7 @@ class CoalitionEvaluator:
         embeddings_MD = self.ragged(images_B3SS, image_index_M, present_BKPP.reshape(-1, patches, patches))
         return embeddings_MD.reshape(batch_size, num_coalitions, self.backbone.embed_dim)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def ragged(self, images_B3SS: Tensor, image_index_M: Tensor, present_MPP: Tensor) -> Tensor:
         """Embeddings [M, D] of M coalitions, coalition m of picture `image_index_M[m]`: any number per picture."""
         self.backbone.require_images(images_B3SS)
@@ -86,19 +88,19 @@ class CoalitionEvaluator:
             return self._zero(images, image_index_M, present_MPP)
         return self._drop(images, image_index_M, present_MPP.flatten(1))
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def full(self, images_B3SS: Tensor) -> Tensor:
         """Embeddings [B, D], float32, of the whole pictures, in this evaluator's precision.
 
         Raises:
-            ValueError: images of another shape than [B, 3, S, S].
+            ValueError: images of another form than [B, 3, S, S].
         """
         self.backbone.require_images(images_B3SS)
         images = images_B3SS.to(self.dtype)
         passes = images.split(self._copies_per_pass(self.backbone.patches_per_side**2))
         return torch.cat([self._pool(self.model.forward_features(chunk)) for chunk in passes])  # type: ignore[operator]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def empty(self) -> Tensor:
         """The embedding [D] of a picture with every patch removed, G(∅): the zero of the attribution scale.
 

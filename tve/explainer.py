@@ -17,11 +17,11 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from tve.backbones import Backbone
-from tve.coalitions import Windows
+from tve.backbones import Backbone, misfits
+from tve.coalitions import Windows, require_whole
 from tve.meta_attribution import MetaAttribution
-from tve.removal import Removal
-from tve.transfer import Head, TransferRule, of_class, require_head, transfer
+from tve.removal import Removal, parse_removal
+from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, of_class, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 
 
@@ -39,6 +39,8 @@ class ExplainerConfig:
     two_networks: TwoNetworksConfig = field(default_factory=TwoNetworksConfig)
 
     def __post_init__(self) -> None:
+        require_whole("radius", self.radius)
+        parse_removal(self.removal)
         for name, value, known in (
             ("form", self.form, ("shared", "two_networks")),
             ("trunk", self.trunk, ("frozen", "trained")),
@@ -78,47 +80,51 @@ class Explainer(nn.Module):
         differences = self.config.form == "shared" or self.config.two_networks.differences
         kept_BND = delta_kept.float() + (self.mean_kept_D if differences else 0)
         removed_BND = delta_removed.float() + (full_BD[:, None] if differences else 0)
-        return MetaAttribution(kept_BND, removed_BND, full_BD, self.empty_D)
+        return MetaAttribution(kept_BND, removed_BND, full_BD, self.empty_D, self.config.radius)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def explain(
-        self, images_B3SS: Tensor, head: Head, target: int | Tensor | None = None, rule: TransferRule | None = None
+        self, images_B3SS: Tensor, head: Head, target: Target | None = None, rule: TransferRule = DEFAULT_RULE
     ) -> Tensor:
         """Heatmaps [B, P, P] of one class, in logits unless the rule says otherwise.
 
         Args:
             images_B3SS: normalised pictures; `explainer.backbone.preprocess` makes them.
-            head: embeddings [..., D] to logits [..., C].
-            target: a class, one class per picture [B], or None for the class that the head predicts.
+            head: embeddings [..., D] to logits [..., C]: linear, or any module in evaluation mode.
+            target: a class, one class per picture [B] (a list, an array or a tensor of integers), or None for the class
+                that the head predicts.
             rule: how to read the meta-attribution; by default logits with the window mean.
 
         Raises:
-            ValueError: a class that the head does not have, a head of the wrong width, images of the wrong shape.
+            ValueError: a target that is no class of the head, a head that `transfer` refuses, or images of another form
+                than [B, 3, S, S].
         """
-        require_head(head, self.backbone.embed_dim)
         meta = self(images_B3SS)
-        maps_BCPP = transfer(meta, head, rule or TransferRule(self.config.radius))
-        if target is None:
-            target = head(meta.full_BD).argmax(-1)
-        if isinstance(target, int):
-            target = torch.full((len(images_B3SS),), target, device=images_B3SS.device)
-        return of_class(maps_BCPP, target)
+        maps_BCPP = transfer(meta, head, rule)
+        return of_class(maps_BCPP, head(meta.full_BD).argmax(-1) if target is None else target)
 
-    @torch.inference_mode()
-    def explain_all(self, images_B3SS: Tensor, head: Head, rule: TransferRule | None = None) -> Tensor:
-        """Heatmaps [B, C, P, P] of every class of a head, from the same forward pass."""
-        return transfer(self(images_B3SS), head, rule or TransferRule(self.config.radius))
+    @torch.no_grad()
+    def explain_all(self, images_B3SS: Tensor, head: Head, rule: TransferRule = DEFAULT_RULE) -> Tensor:
+        """Heatmaps [B, C, P, P] of every class of a head, from the same forward pass.
+
+        Raises:
+            ValueError: a head that `transfer` refuses, or images of another form than [B, 3, S, S].
+        """
+        return transfer(self(images_B3SS), head, rule)
 
     def trained_state(self) -> dict[str, Tensor]:
         """The state without the frozen backbone: what pre-training made."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("backbone.")}
 
     def load_trained_state(self, state: dict[str, Tensor]) -> None:
-        """Loads what `trained_state` returned; a state that does not fit is a ValueError."""
-        missing, unexpected = self.load_state_dict(state, strict=False)
-        missing = [key for key in missing if not key.startswith("backbone.")]
-        if missing or unexpected:
-            raise ValueError(f"explainer state: missing {missing[:5]}, unexpected {unexpected[:5]}")
+        """Loads what `trained_state` returned.
+
+        Raises:
+            ValueError: a state that does not fit.
+        """
+        if differences := misfits(self.trained_state(), state):
+            raise ValueError(f"explainer state: does not fit this configuration: {differences}")
+        self.load_state_dict(state, strict=False)
 
 
 class SharedTrunk(nn.Module):

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tve.backbones import Backbone, open_backbone, save_backbone, state_digest
+from tve.backbones import Backbone, damage_named, open_backbone, save_backbone, state_digest
 from tve.explainer import Explainer, ExplainerConfig
 from tve.two_networks import TwoNetworksConfig
 
@@ -24,7 +24,7 @@ CARD_FILE = "README.md"
 FORMAT = 1
 
 
-def save_explainer(explainer: Explainer, folder: Path, facts: Mapping[str, Any] | None = None) -> None:
+def save_explainer(explainer: Explainer, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
     """Writes the export; the same explainer gives the same bytes.
 
     Args:
@@ -32,6 +32,7 @@ def save_explainer(explainer: Explainer, folder: Path, facts: Mapping[str, Any] 
         folder: made if absent.
         facts: what else the model card should state, such as R² and the pictures; JSON values.
     """
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in explainer.trained_state().items()}
     save_file(state, folder / STATE_FILE)
@@ -56,26 +57,33 @@ def load_explainer(folder: str | Path, backbone: Backbone | None = None) -> Expl
 
     Raises:
         FileNotFoundError: no export there.
-        ValueError: another format, a backbone with other weights, or altered files.
+        ValueError: another format, a backbone with other weights, or damaged or altered files.
     """
     folder = Path(folder)
-    if not (folder / CONFIG_FILE).is_file():
-        raise FileNotFoundError(f"expected an exported explainer with {CONFIG_FILE}, got {folder}")
-    document = json.loads((folder / CONFIG_FILE).read_text())
-    if document["format"] != FORMAT:
-        raise ValueError(f"{folder}: expected export format {FORMAT}, got {document['format']}")
-    backbone = backbone or open_backbone(folder / "backbone")
-    if backbone.weights_sha256 != document["backbone_sha256"]:
-        raise ValueError(
-            f"{folder}: expected the backbone {document['backbone_sha256']}, got {backbone.weights_sha256}; an "
-            "explainer serves the backbone that it was pre-trained for"
+    config_file, state_file = folder / CONFIG_FILE, folder / STATE_FILE
+    if not config_file.is_file():
+        raise FileNotFoundError(
+            f"expected an exported explainer with {CONFIG_FILE}, got {folder}; tve.save_explainer writes one"
         )
-    settings = dict(document["explainer"])
-    settings["two_networks"] = TwoNetworksConfig(**settings["two_networks"])
-    explainer = Explainer(backbone, ExplainerConfig(**settings))
-    state = load_file(folder / STATE_FILE)
-    if (actual := state_digest(state)) != document["explainer_sha256"]:
-        raise ValueError(f"{folder / STATE_FILE}: expected {document['explainer_sha256']}, got {actual}")
+    with damage_named(config_file):
+        document = json.loads(config_file.read_text())
+        if document["format"] != FORMAT:
+            raise ValueError(f"{folder}: expected export format {FORMAT}, got {document['format']}; export again")
+        backbone_sha256, explainer_sha256 = document["backbone_sha256"], document["explainer_sha256"]
+        settings = dict(document["explainer"])
+        settings["two_networks"] = TwoNetworksConfig(**settings["two_networks"])
+        config = ExplainerConfig(**settings)
+    backbone = backbone or open_backbone(folder / "backbone")
+    if backbone.weights_sha256 != backbone_sha256:
+        raise ValueError(
+            f"{folder}: expected the backbone {backbone_sha256}, got {backbone.weights_sha256}; an explainer "
+            "serves the backbone that it was pre-trained for"
+        )
+    with damage_named(state_file):
+        state = load_file(state_file)
+    if (actual := state_digest(state)) != explainer_sha256:
+        raise ValueError(f"{state_file}: expected {explainer_sha256}, got {actual}; export again")
+    explainer = Explainer(backbone, config)
     explainer.load_trained_state(state)
     return explainer.eval()
 

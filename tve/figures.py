@@ -21,6 +21,7 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from torch import Tensor
 
 FOR_RGB = (203, 24, 29)
 AGAINST_RGB = (33, 102, 172)
@@ -96,24 +97,28 @@ def style_of(method: str) -> LineStyle:
 
 
 def overlay(
-    picture: NDArray[np.uint8], phi_PP: NDArray[np.float32], limit: float | None = None, size: int = 256
+    picture: "Image.Image | NDArray[np.uint8]",
+    phi_PP: "NDArray[np.floating[Any]] | Tensor",
+    limit: float | None = None,
+    size: int = 256,
 ) -> NDArray[np.uint8]:
     """A heatmap over its picture, uint8 [size, size, 3]; patch (p, q) is row p, column q.
 
     Args:
-        picture: uint8 [S, S, 3].
-        phi_PP: attributions in any unit; the scale is diverging and centred at zero.
+        picture: as the model saw it, square: a PIL image, or uint8 [S, S, 3] such as `backbone.pixels(image)`.
+        phi_PP: attributions in any unit, an array or a tensor on any device; the scale is diverging and centred at
+            zero.
         limit: the |phi| that takes full colour; the map's own largest where None.
         size: pixels of a side, enlarged to a multiple of P.
 
     Raises:
         ValueError: wrong shapes, or attributions that are not finite.
     """
-    _require_map(picture, phi_PP)
+    pixels, phi_PP = _square_picture(picture), _finite_map(phi_PP)
     patches = phi_PP.shape[0]
     size = patches * -(-size // patches)
     # Half luminance, half the brightest channel: a coloured object of the background's luminance stays visible.
-    brightness = (np.asarray(Image.fromarray(picture).convert("L"), dtype=np.float32) + picture.max(axis=2)) / 2
+    brightness = (np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.float32) + pixels.max(axis=2)) / 2
     grey = np.asarray(Image.fromarray(brightness).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 255)
     # Lifted to the upper half of the scale: colour of one opacity then looks alike on dark and on light parts.
     canvas = np.repeat((70 + grey * np.float32(185 / 255))[..., None], 3, axis=2)
@@ -143,9 +148,14 @@ class Panel:
 def picture_grid(
     rows: Sequence[Sequence[Panel | None]], column_titles: Sequence[str], row_titles: Sequence[str]
 ) -> "Figure":
-    """Pictures in rows and columns with titles on top and at the left; None leaves a cell empty."""
+    """Pictures in rows and columns with titles on top and at the left; None leaves a cell empty.
+
+    The left margin is as wide as the longest row title needs, and none where all are empty.
+    """
     num_rows, num_columns = len(rows), len(column_titles)
-    cell, left, top = 1.15, 1.15, 0.45
+    row_titles = [title.replace(", ", ",\n") for title in row_titles]
+    longest = max((len(line) for title in row_titles for line in title.split("\n")), default=0)
+    cell, left, top = 1.15, 0.05 + (0.1 + 0.078 * longest if longest else 0.0), 0.45
     figure = _figure(left + num_columns * cell, top + num_rows * cell * 1.13 + 0.45)
     width, height = figure.get_size_inches()
     for row_index, row in enumerate(rows):
@@ -185,11 +195,16 @@ class Curves:
 
 
 @_styled()
-def fidelity_curves(panels: Sequence[Curves], num_columns: int, legend: bool = True) -> "Figure":
-    """Panels of curves in rows of `num_columns`, with one legend below them."""
+def fidelity_curves(
+    panels: Sequence[Curves],
+    num_columns: int,
+    legend: bool = True,
+    panel_inches: tuple[float, float] = (3.1, 2.3),
+) -> "Figure":
+    """Panels of curves, `panel_inches` wide and high, in rows of `num_columns`, with one legend below them."""
     num_rows = -(-len(panels) // num_columns)
-    height = 2.3 * num_rows + (0.75 if legend else 0.0)
-    figure = _figure(3.1 * num_columns, height)
+    height = panel_inches[1] * num_rows + (0.75 if legend else 0.0)
+    figure = _figure(panel_inches[0] * num_columns, height)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     for index, axes in enumerate(grid.flat):
         if index < len(panels):
@@ -314,17 +329,41 @@ def _colour_scale(figure: "Figure", box: tuple[float, float, float, float]) -> N
     axes.set_xticks([0, 100, 200], ["against", "0", "for the class"])
     axes.set_yticks([])
     axes.xaxis.set_ticks_position("top")
+    first, *_, last = axes.get_xticklabels()
+    first.set_horizontalalignment("left")  # centred, these would hang over the ends of the bar
+    last.set_horizontalalignment("right")
     axes.tick_params(length=0, pad=1, labelsize=6.5)
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
 
 
-def _require_map(picture: NDArray[np.uint8], phi_PP: NDArray[np.float32]) -> None:
-    shape = picture.shape
-    if picture.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
-        raise ValueError(f"picture: expected uint8 [S, S, 3], got {picture.dtype} {list(shape)}")
-    if phi_PP.ndim != 2 or phi_PP.shape[0] != phi_PP.shape[1]:
-        raise ValueError(f"heatmap: expected [P, P], got {list(phi_PP.shape)}")
-    if not np.isfinite(phi_PP).all():
-        raise ValueError(f"heatmap: expected finite attributions, got {int((~np.isfinite(phi_PP)).sum())} that are not")
+def _square_picture(picture: "Image.Image | NDArray[np.uint8]") -> NDArray[np.uint8]:
+    pixels = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else _array(picture)
+    shape = pixels.shape
+    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
+        raise ValueError(
+            "picture: expected a square picture as the model saw it, uint8 [S, S, 3], got "
+            f"{pixels.dtype} {list(shape)}; backbone.pixels(image) gives it"
+        )
+    return pixels
+
+
+def _finite_map(phi_PP: "NDArray[np.floating[Any]] | Tensor") -> NDArray[np.float32]:
+    values_PP = np.asarray(_array(phi_PP), dtype=np.float32)
+    shape = list(values_PP.shape)
+    if len(shape) != 2 or shape[0] != shape[1]:
+        hint = "; one map at a time, such as heatmap[0]" if len(shape) > 2 else ""
+        raise ValueError(f"heatmap: expected [P, P], got {shape}{hint}")
+    if not np.isfinite(values_PP).all():
+        num_wrong = int((~np.isfinite(values_PP)).sum())
+        raise ValueError(f"heatmap: expected finite attributions, got {num_wrong} that are not")
+    return values_PP
+
+
+def _array(values: Any) -> NDArray[Any]:
+    """An array as it is, or a tensor's values; torch is not imported for it."""
+    if not hasattr(values, "detach"):
+        return np.asarray(values)
+    tensor = values.detach().cpu()
+    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # NumPy has no bfloat16

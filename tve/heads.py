@@ -40,7 +40,7 @@ class EmbeddedPictures:
         return self.labels[task]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def embed_pictures(
     backbone: Backbone,
     shards: Shards,
@@ -88,7 +88,7 @@ def embed_pictures(
                     labels[task].append(label)
             progress.update(len(samples))
     return EmbeddedPictures(
-        torch.cat(rows).clone(), {task: torch.tensor(values) for task, values in labels.items()}, tuple(keys)
+        torch.cat(rows), {task: torch.tensor(values) for task, values in labels.items()}, tuple(keys)
     )
 
 
@@ -129,13 +129,13 @@ def fit_linear_head(
     return _linear(weight_CD, bias_C - weight_CD @ mean_D)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def accuracy(head: nn.Module, embeddings_MD: Tensor, labels_M: Tensor) -> float:
     """The share of pictures whose class the head predicts."""
     return float((head(embeddings_MD).argmax(1) == labels_M).double().mean())
 
 
-def save_head(head: nn.Linear, path: Path) -> None:
+def save_head(head: nn.Linear, path: str | Path) -> None:
     """Writes `weight` [C, D] and `bias` [C]; the same head gives the same bytes."""
     save_file({name: tensor.detach().cpu().contiguous() for name, tensor in head.state_dict().items()}, path)
 
@@ -148,10 +148,12 @@ def load_head(path: str | Path, embed_dim: int | None = None) -> nn.Linear:
         embed_dim: the width of the embeddings that it will read, checked if given.
 
     Raises:
-        ValueError: no such tensors, or a head of another width.
+        ValueError: a folder, no such tensors, or a head of another width.
         FileNotFoundError: no such file.
     """
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"head: expected a .safetensors file, got {path}, which is a folder; name a file in it")
     if not path.is_file():
         raise FileNotFoundError(f"head: expected a .safetensors file, got {path}, which does not exist")
     try:

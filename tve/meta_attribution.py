@@ -11,18 +11,28 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tve.coalitions import CoalitionFamily
+from tve.coalitions import CoalitionFamily, require_whole
 from tve.evaluator import CoalitionEvaluator
 
 
 @dataclass(frozen=True, slots=True)
 class MetaAttribution:
-    """Embeddings that any head can be read over. N = P * P, row-major; all float32."""
+    """Embeddings that any head can be read over. N = P * P, row-major; all float32.
+
+    Raises:
+        ValueError: a radius that is no whole number, or below 0.
+    """
 
     kept_BND: Tensor  # g: only the window around patch n is kept
     removed_BND: Tensor  # h: the window around patch n is taken away
     full_BD: Tensor  # G(x)
     empty_D: Tensor  # G(∅)
+    radius: int  # of the windows, patches
+
+    def __post_init__(self) -> None:
+        require_whole("radius", self.radius)
+        if self.radius < 0:
+            raise ValueError(f"radius: expected at least 0, got {self.radius}")
 
 
 def exact_windows(
@@ -35,9 +45,14 @@ def exact_windows(
         images_B3SS: normalised pictures.
         family: the coalitions, `Windows` in the paper.
         empty_D: G(∅) if it is at hand; evaluated otherwise.
+
+    Raises:
+        ValueError: images of another form than [B, 3, S, S], or a grid that is not the backbone's.
     """
+    evaluator.backbone.require_images(images_B3SS)
     kept_NPP = family.kept_NPP(images_B3SS.device)
     both = torch.cat([kept_NPP, ~kept_NPP]).expand(len(images_B3SS), -1, -1, -1)
     kept_BND, removed_BND = evaluator(images_B3SS, both).chunk(2, dim=1)
     full_BD = evaluator.full(images_B3SS)
-    return MetaAttribution(kept_BND, removed_BND, full_BD, evaluator.empty() if empty_D is None else empty_D)
+    empty_D = evaluator.empty() if empty_D is None else empty_D
+    return MetaAttribution(kept_BND, removed_BND, full_BD, empty_D, family.radius)

@@ -100,6 +100,7 @@ def trivial_answers(exact: MetaAttribution, mean_kept_D: Tensor) -> MetaAttribut
         exact.full_BD[:, None].expand_as(exact.removed_BND),
         exact.full_BD,
         exact.empty_D,
+        exact.radius,
     )
 
 

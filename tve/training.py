@@ -143,7 +143,7 @@ def pretrain(
     return TrainingResult(explained, trivial, rows, elapsed_s, start_step)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def predict(explainer: Explainer, images_B3SS: Tensor, batch_size: int) -> MetaAttribution:
     """Predicted meta-attributions of many pictures, in evaluation mode, batch by batch."""
     was_training = explainer.training
@@ -196,7 +196,7 @@ def _step(
 def _targets(evaluator: CoalitionEvaluator, explainer: Explainer, images: Tensor, centre_BM: Tensor) -> WindowTargets:
     kept_BMPP = explainer.family.kept_NPP(images.device)[centre_BM]
     embeddings = evaluator(images, torch.cat([kept_BMPP, ~kept_BMPP], dim=1))
-    kept_BMD, removed_BMD = embeddings.clone().chunk(2, dim=1)
+    kept_BMD, removed_BMD = embeddings.chunk(2, dim=1)
     return WindowTargets(centre_BM, kept_BMD, removed_BMD)
 
 
@@ -216,6 +216,7 @@ def concatenated(parts: list[MetaAttribution]) -> MetaAttribution:
         torch.cat([part.removed_BND for part in parts]),
         torch.cat([part.full_BD for part in parts]),
         parts[0].empty_D,
+        parts[0].radius,
     )
 
 

@@ -5,7 +5,6 @@
 Writes models/P/backbone/BACKBONE and results/P/backbone/BACKBONE/metrics.json.
 """
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,13 +24,18 @@ from tve_pipeline.backbone_training import (
     random_patches,
     train_backbone,
 )
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
     BackboneParams,
     Count,
     Name,
+    NotNegative,
+    Positive,
     Section,
+    Seed,
     active_profile,
+    existing_path,
     load_backbone_params,
     load_section,
 )
@@ -50,17 +54,17 @@ class TrainParams(Section):
     task: Name
     num_steps: Count
     batch_size: Count
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
+    learning_rate: Positive
+    weight_decay: NotNegative
     label_smoothing: Annotated[float, Field(ge=0, lt=1)]
     full_share: Share
     keep_fraction_low: Fraction
     keep_fraction_high: Fraction
     warmup_share: Annotated[float, Field(ge=0, lt=1)]
-    warp_pixels: Annotated[float, Field(ge=0)]
+    warp_pixels: NotNegative
     finish_share: Share
     finish_full_share: Share
-    seed: int = Field(ge=0)
+    seed: Seed
 
     @model_validator(mode="after")
     def _low_is_not_above_high(self) -> "TrainParams":
@@ -107,14 +111,19 @@ def main(argv: list[str]) -> None:
 
 
 def build_backbone(name: str, params: BackboneParams, weights: str) -> Backbone:
-    """The backbone as the parameters describe it, with these weights in place of their own."""
+    """The backbone as the parameters describe it, with these weights in place of their own.
+
+    Raises:
+        ValueError: what `load_backbone` refuses.
+        FileNotFoundError: no such weights file.
+    """
     return load_backbone(
         params.architecture,
-        weights,
+        weights if weights in ("timm", "random") else existing_path(weights, "weights"),
         name=name,
         sha256=params.sha256,
         timm_args=params.timm_args,
-        preprocessing=params.preprocessing,
+        preprocessing=params.preprocessing.model_dump(exclude_none=True),
         patches_per_side=params.patches_per_side,
     )
 
@@ -202,4 +211,4 @@ def accuracies(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("backbone", main, "BACKBONE")

@@ -3,12 +3,13 @@
     python -m tve_pipeline.check
 
 Every section is read by the model of its own stage; every name in `run` must be defined, every source and
-weights file be there, and every backbone be buildable with its grid, its removal operator and its
-explainer. What it writes never changes, so that a passed check makes no other stage run again.
+weights file be there, every number of pictures be at hand, and every backbone be buildable with its grid, its
+explainer and every removal operator that is asked of it. What it writes never changes, so that a passed check makes
+no other stage run again.
 """
 
-import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,21 +17,26 @@ import timm
 import torch
 from pydantic import BaseModel
 
-from tve.backbones import Backbone, load_backbone
+from tve.backbones import Backbone
 from tve.evaluator import require_droppable
+from tve.fidelity.levels import level_sizes
 from tve.sources import open_source
 from tve_pipeline import heads
-from tve_pipeline.backbone import BackboneStageParams
+from tve_pipeline.backbone import TEST_SPLIT, BackboneStageParams, build_backbone
+from tve_pipeline.backbone import TRAIN_SPLIT as BACKBONE_TRAIN_SPLIT
+from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate import EvaluateParams
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
+    PARAMS_FILE,
     BackboneParams,
     Dataset,
-    PicturesDataset,
     RunParams,
     ScenesDataset,
     Section,
     active_profile,
+    defined,
+    existing_path,
     load_backbone_params,
     load_dataset,
     load_params,
@@ -68,16 +74,18 @@ class Profile:
     backbones: dict[str, BackboneParams]
     backbone: BackboneStageParams
     pretrain: PretrainParams
+    heads: heads.HeadsParams
     evaluate: EvaluateParams
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise ValueError(f"check: expected no arguments, got {argv}")
     profile = parse_profile()
+    check_profile_name(profile.name)
     check_run(profile)
-    for name in profile.run.datasets:
-        check_source(name, profile.datasets[name])
+    num_pictures = {name: check_source(name, profile.datasets[name]) for name in profile.run.datasets}
+    check_num_pictures(profile, num_pictures)
+    if profile.pretrain.mae is not None and profile.pretrain.mae.weights is not None:
+        existing_path(profile.pretrain.mae.weights, "pretrain.mae.weights")
     for name in profile.run.backbones:
         check_backbone(name, profile)
     with whole_folder(Path("results", profile.name, "check")) as folder:
@@ -101,16 +109,23 @@ def parse_profile() -> Profile:
     return Profile(
         name=active_profile(),
         run=load_section("run", RunParams),
-        datasets={name: load_dataset(name) for name in document["datasets"]},
-        backbones={name: load_backbone_params(name) for name in document["backbones"]},
+        datasets={name: load_dataset(name) for name in defined("datasets")},
+        backbones={name: load_backbone_params(name) for name in defined("backbones")},
         backbone=load_section("backbone", BackboneStageParams),
         pretrain=load_section("pretrain", PretrainParams),
+        heads=load_section("heads", heads.HeadsParams),
         evaluate=load_section("evaluate", EvaluateParams),
     )
 
 
+def check_profile_name(name: str) -> None:
+    """Raises ValueError where params.yaml is a link to a profile's file that has another name than the profile."""
+    if PARAMS_FILE.is_symlink() and (file := PARAMS_FILE.resolve().stem) != name:
+        raise ValueError(f"profile: expected {file!r}, the name of its file, got {name!r}; outputs lie under this name")
+
+
 def check_run(profile: Profile) -> None:
-    """Every name in `run` is defined, and every dataset has the splits and tasks that its readers need.
+    """Every name that a section refers to is defined, and every dataset has the splits and tasks that its readers need.
 
     Raises:
         ValueError: the first that is not so.
@@ -135,6 +150,7 @@ def check_run(profile: Profile) -> None:
         if not task_names(datasets[name]):
             raise ValueError(f"run.task_datasets: expected labelled pictures, got {name!r}, which has no task")
         _require_splits(name, datasets, (heads.TRAIN_SPLIT, heads.TEST_SPLIT, profile.evaluate.split))
+    _check_skipped_tasks(profile)
 
     passed = f"results/{profile.name}/check/params.json"
     reads = {passed}
@@ -143,7 +159,13 @@ def check_run(profile: Profile) -> None:
         if training is None:
             raise ValueError("backbone.train: expected values, since a backbone has `weights: train`; got null")
         _require_known("backbone.train.dataset", [training.dataset], run.datasets)
-        _require_known("backbone.train.task", [training.task], task_names(datasets[training.dataset]))
+        tasks = task_names(datasets[training.dataset])
+        if not tasks:
+            raise ValueError(
+                f"backbone.train.dataset: expected pictures with tasks, got {training.dataset!r}, which have none"
+            )
+        _require_known("backbone.train.task", [training.task], tasks)
+        _require_splits(training.dataset, datasets, (BACKBONE_TRAIN_SPLIT, TEST_SPLIT))
         reads = {f"data/{profile.name}/shards/{training.dataset}"}
     if run.backbone_reads not in reads:
         raise ValueError(f"run.backbone_reads: expected {reads.pop()}, got {run.backbone_reads}")
@@ -156,22 +178,47 @@ def task_names(dataset: Dataset) -> tuple[str, ...]:
     return tuple(dataset.tasks or ())
 
 
-def check_source(name: str, dataset: Dataset) -> None:
-    """The source of a dataset is there, is what was pinned, and holds the splits and labels asked for.
+def check_source(name: str, dataset: Dataset) -> dict[str, int]:
+    """How many pictures each split has, of a source that is what was pinned and has the splits and labels asked for.
 
     Raises:
-        ValueError: it is not, or does not.
+        ValueError: it is not, or has not.
+        FileNotFoundError: no such source.
     """
-    if isinstance(dataset, PicturesDataset):
-        try:
-            with open_source(dataset.path, dataset.sha256) as source:
-                plan_pictures(source, dataset)
-        except ValueError as error:
-            raise ValueError(f"datasets.{name}: {error}") from error
+    if isinstance(dataset, ScenesDataset):
+        return dict(dataset.splits)
+    with _located(f"datasets.{name}"), open_source(existing_path(dataset.source, "source"), dataset.sha256) as source:
+        splits, _ = plan_pictures(source, dataset)
+        return {split: len(pictures) for split, pictures in splits.items()}
+
+
+def check_num_pictures(profile: Profile, num_pictures: Mapping[str, Mapping[str, int]]) -> None:
+    """Every split, by dataset in `num_pictures`, has as many pictures as are asked of it.
+
+    Raises:
+        ValueError: the first that has fewer.
+    """
+
+    def require(where: str, asked: int | None, dataset: str, split: str) -> None:
+        available = num_pictures[dataset][split]
+        if asked is not None and asked > available:
+            raise ValueError(
+                f"{where}: expected at most the {available} pictures of split {split!r} of {dataset!r}, got {asked}"
+            )
+
+    run, params, training = profile.run, profile.pretrain, profile.backbone.train
+    require("pretrain.batch_size", params.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
+    if params.mae is not None and params.mae.weights is None:
+        require("pretrain.mae.batch_size", params.mae.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
+    require("pretrain.num_evaluation_pictures", params.num_evaluation_pictures, run.pretrain_dataset, HELD_OUT_SPLIT)
+    for name in run.task_datasets:
+        require("evaluate.num_pictures", profile.evaluate.num_pictures, name, profile.evaluate.split)
+    if training is not None and any(profile.backbones[name].weights == "train" for name in run.backbones):
+        require("backbone.train.batch_size", training.batch_size, training.dataset, BACKBONE_TRAIN_SPLIT)
 
 
 def check_backbone(name: str, profile: Profile) -> None:
-    """timm knows the architecture, the weights fit, and grid, removal and explainer suit it.
+    """timm knows the architecture, the weights fit, and grid, removals, windows and explainer suit it.
 
     Raises:
         ValueError: the first that is not so.
@@ -179,16 +226,8 @@ def check_backbone(name: str, profile: Profile) -> None:
     """
     params = profile.backbones[name]
     given = params.weights not in ("train", "timm", "random")
-    try:
-        backbone = load_backbone(
-            params.architecture,
-            params.weights if given else "random",
-            name=name,
-            sha256=params.sha256 if given else None,
-            timm_args=params.timm_args,
-            preprocessing=params.preprocessing,
-            patches_per_side=params.patches_per_side,
-        )
+    with _located(f"backbones.{name}"):
+        backbone = build_backbone(name, params, params.weights if given else "random")
         if params.weights == "timm" and not timm.is_model_pretrained(params.architecture):
             raise ValueError("weights: expected a file or `random`, since timm has none for this architecture")
         if params.weights == "train":
@@ -197,8 +236,42 @@ def check_backbone(name: str, profile: Profile) -> None:
             require_droppable(backbone)
         with torch.device("meta"):  # shapes only
             build_explainer(backbone, profile.pretrain, params.removal)
+        _check_grid(backbone, profile)
+
+
+def _check_grid(backbone: Backbone, profile: Profile) -> None:
+    if "drop" in profile.evaluate.removals:
+        with _located("evaluate.removals"):
+            require_droppable(backbone)
+    patches_per_side = backbone.patches_per_side
+    num_patches = patches_per_side**2
+    if profile.pretrain.centres_per_image > num_patches:
+        raise ValueError(
+            f"pretrain.centres_per_image: expected at most the {num_patches} windows of {patches_per_side} x "
+            f"{patches_per_side} patches, got {profile.pretrain.centres_per_image}"
+        )
+    with _located("evaluate"):
+        level_sizes(profile.evaluate.fractions, num_patches)
+
+
+@contextmanager
+def _located(where: str) -> Iterator[None]:
+    """An error that arises inside says where."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{where}: {error}") from error
     except ValueError as error:
-        raise ValueError(f"backbones.{name}: {error}") from error
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _check_skipped_tasks(profile: Profile) -> None:
+    skipped = profile.heads.skip_tasks
+    tasks = {name: task_names(profile.datasets[name]) for name in profile.run.task_datasets}
+    _require_known("heads.skip_tasks", skipped, list(dict.fromkeys(task for names in tasks.values() for task in names)))
+    for name, names in tasks.items():
+        if set(names) <= set(skipped):
+            raise ValueError(f"heads.skip_tasks: expected to leave a task of {name!r}, got {', '.join(skipped)}")
 
 
 def _require_classes(backbone: Backbone, profile: Profile) -> None:
@@ -230,7 +303,4 @@ def _require_splits(name: str, datasets: dict[str, Dataset], splits: Sequence[st
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"check: {error}")
+    run_stage("check", main)

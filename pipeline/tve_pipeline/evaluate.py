@@ -13,7 +13,6 @@ head is read over them, and a coalition that several tasks or methods ask for is
 
 import itertools
 import json
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -41,7 +40,8 @@ from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.removal import Removal
 from tve.samples import Sample, decode_image
 from tve.shards import Shards
-from tve.transfer import Output, TransferRule, of_class, transfer
+from tve.transfer_rule import Output, TransferRule, of_class, transfer
+from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_results import BatchResults, EvaluationWriter, Facts
 from tve_pipeline.outputs import whole_folder
 from tve_pipeline.params import Count, Name, Section, active_profile, load_section
@@ -182,9 +182,7 @@ def method_maps(
 ) -> dict[tuple[str, str], Tensor]:
     """Every method's map [B, P, P] of every task's predicted class, by (task, method)."""
     radius = explainer.config.radius
-    rules = {
-        suffix: TransferRule(radius, params.output, window_mean=mean) for suffix, mean in (("", True), ("_u", False))
-    }
+    rules = {suffix: TransferRule(params.output, window_mean=mean) for suffix, mean in (("", True), ("_u", False))}
     device = predicted.full_BD.device
     controls = control_maps(keys, explainer.backbone.patches_per_side, radius, params.seed)
     shared = {name: map_BPP.to(device) for name, map_BPP in controls.items()}
@@ -242,4 +240,4 @@ class Clock:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("evaluate", main, "BACKBONE", "DATASET")

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tve.backbones import Backbone, Preprocessing
+from tve.backbones import Backbone
 from tve.fidelity.scores import Fidelity, ScoredMap, target_probability
 from tve.fidelity.statistics import Interval, paired_bootstrap, positive_density, share_of_way
 from tve.removal import Removal
@@ -168,7 +168,7 @@ class EvaluationWriter:
         for place, sample in enumerate(batch.samples):
             if self.num_seen + place not in self.shown:
                 continue
-            self.images.append(shown_pixels(batch.images_B3SS[place], self.backbone.config.preprocessing))
+            self.images.append(self.backbone.pixels(batch.images_B3SS[place]))
             self.described["keys"].append(sample.key)
             self.described["names"].append(sample.name)
             for (task, method), scored in batch.maps.items():
@@ -263,10 +263,3 @@ def object_patches(sample: Sample, num_objects: int, patches_per_side: int) -> T
     pixels = masks_OHW.shape[-1] // patches_per_side
     tiles = masks_OHW.reshape(num_objects, patches_per_side, pixels, patches_per_side, pixels)
     return tiles.any(4).any(2)
-
-
-def shown_pixels(image_3SS: Tensor, preprocessing: Preprocessing) -> NDArray[np.uint8]:
-    """What the model saw, as pixels [S, S, 3]."""
-    mean, std = (image_3SS.new_tensor(values)[:, None, None] for values in (preprocessing.mean, preprocessing.std))
-    pixels = ((image_3SS * std + mean).clamp(0, 1) * 255).round().to(torch.uint8)
-    return pixels.permute(1, 2, 0).cpu().numpy()

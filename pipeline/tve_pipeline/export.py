@@ -4,7 +4,6 @@ python -m tve_pipeline.export BACKBONE
 """
 
 import json
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -13,6 +12,7 @@ from tve.backbones import open_backbone
 from tve.explainer import Explainer, ExplainerConfig
 from tve.export import load_explainer, save_explainer
 from tve.two_networks import TwoNetworksConfig
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder
 from tve_pipeline.params import RunParams, active_profile, load_section
 
@@ -36,4 +36,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("export", main, "BACKBONE")

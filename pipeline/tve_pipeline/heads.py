@@ -9,7 +9,6 @@ Writes TASK.safetensors and heads.json to models/P/heads/BACKBONE-DATASET, and m
 results/P/heads/BACKBONE-DATASET.
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,6 +21,7 @@ from tve.evaluator import CoalitionEvaluator
 from tve.heads import EmbeddedPictures, accuracy, embed_pictures, fit_linear_head, save_head
 from tve.removal import Removal
 from tve.shards import Shards
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import Count, Name, Section, active_profile, load_backbone_params, load_section
 
@@ -116,4 +116,4 @@ def _fit(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("heads", main, "BACKBONE", "DATASET")

@@ -6,27 +6,64 @@ the library takes values.
 """
 
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tve.removal import Removal
 
 PARAMS_FILE = Path("params.yaml")
+DATA_VARIABLE = "$TVE_DATA"
 DEFAULT_DATA_FOLDER = "../shared/data"
 # In file names, DVC's stage names and tar members these never need quoting.
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_]+$")]
+NAME_PATTERN = r"^[A-Za-z0-9_]+$"
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+PATTERN_WORDS = {NAME_PATTERN: "letters, digits and underscores", SHA256_PATTERN: "64 lower-case hexadecimal digits"}
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Sha256 = Annotated[str, Field(pattern=SHA256_PATTERN)]
 Count = Annotated[int, Field(ge=1)]
+Seed = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NotNegative = Annotated[float, Field(ge=0)]
+# pydantic's error type -> what was expected; {} are the error's own bounds.
+EXPECTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "tuple_type": "a list",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "invalid_key": "text as key",
+    "literal_error": "{expected}",
+    "greater_than": "more than {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "less than {lt:g}",
+    "less_than_equal": "at most {le:g}",
+    "too_short": "{min_length} entries or more",
+    "too_long": "{max_length} entries or fewer",
+}
 
 
 class Section(BaseModel):
-    """A section of params.yaml: no unknown key, no missing key, never changed."""
+    """A section of params.yaml: no unknown key, no missing key, no value of another type, never changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists_are_tuples(cls, values: object) -> object:
+        """YAML knows lists alone, and a section that never changes holds tuples."""
+        if not isinstance(values, dict):
+            return values
+        return {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
 
 
 AnySection = TypeVar("AnySection", bound=BaseModel)
@@ -46,7 +83,7 @@ class ScenesDataset(Section):
     """Generated pictures (see scenes.py), `splits[split]` of them each."""
 
     kind: Literal["scenes"]
-    seed: int = Field(ge=0)
+    seed: Seed
     labelled: bool
     splits: dict[Name, Count] = Field(min_length=1)
     shard_size: Count
@@ -80,7 +117,7 @@ class PicturesDataset(Section):
 
     kind: Literal["pictures"]
     source: str
-    sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256 | None
     folder: str | None
     table: str | None
     split_column: str | None
@@ -105,10 +142,6 @@ class PicturesDataset(Section):
             raise ValueError(f"tasks: expected `NAME: folder` where `table` is null, got {self.tasks}")
         return self
 
-    @property
-    def path(self) -> Path:
-        return expand_path(self.source)
-
     def split_names(self) -> tuple[str, ...]:
         if self.splits is not None:
             return tuple(self.splits)
@@ -121,6 +154,15 @@ Dataset = ScenesDataset | PicturesDataset
 DATASET_KINDS: dict[str, type[Dataset]] = {"scenes": ScenesDataset, "pictures": PicturesDataset}
 
 
+class PreprocessingParams(Section):
+    """What differs from timm's own preprocessing of a model; what is left out does not."""
+
+    mean: tuple[float, ...] | None = Field(None, min_length=3, max_length=3)
+    std: tuple[Positive, ...] | None = Field(None, min_length=3, max_length=3)
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"] | None = None
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+
+
 class BackboneParams(Section):
     """One entry of section `backbones`; see `tve.backbones.load_backbone` for what the values mean.
 
@@ -130,21 +172,31 @@ class BackboneParams(Section):
 
     architecture: str
     weights: str
-    sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: Sha256 | None
     timm_args: dict[str, Any]
-    preprocessing: dict[str, Any]
+    preprocessing: PreprocessingParams
     patches_per_side: Count | None
     removal: Removal
-
-    @field_validator("weights")
-    @classmethod
-    def _expanded(cls, weights: str) -> str:
-        return weights if weights in ("train", "timm", "random") else str(expand_path(weights))
 
 
 def expand_path(path: str) -> Path:
     """A path with $TVE_DATA replaced by that environment variable, or by its default."""
-    return Path(path.replace("$TVE_DATA", os.environ.get("TVE_DATA") or DEFAULT_DATA_FOLDER))
+    return Path(path.replace(DATA_VARIABLE, os.environ.get("TVE_DATA") or DEFAULT_DATA_FOLDER))
+
+
+def existing_path(path: str, what: str) -> Path:
+    """The same, of a file or folder that is there.
+
+    Raises:
+        FileNotFoundError: there is none; names `what` was looked for.
+    """
+    expanded = expand_path(path)
+    if expanded.exists():
+        return expanded
+    hint = ""
+    if DATA_VARIABLE in path and not os.environ.get("TVE_DATA"):
+        hint = f"; {DATA_VARIABLE} is not set, so {DEFAULT_DATA_FOLDER} stands for it: export TVE_DATA=/your/folder"
+    raise FileNotFoundError(f"{what}: expected a file or a folder, got {expanded}, which does not exist{hint}")
 
 
 def load_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
@@ -154,6 +206,11 @@ def load_params(path: Path = PARAMS_FILE) -> dict[str, Any]:
         ValueError: not a YAML mapping.
         FileNotFoundError: no such file.
     """
+    if path.is_symlink() and not path.exists():
+        raise FileNotFoundError(
+            f"{path}: expected a link to a profile, got one to {path.readlink()}, which does not exist; "
+            "run `make profile NAME=scenes`"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"expected {path} in {Path.cwd()}; run from the root of the repository")
     try:
@@ -192,11 +249,11 @@ def load_dataset(name: str, path: Path = PARAMS_FILE) -> Dataset:
     Raises:
         ValueError: no such dataset, or a wrong key in it.
     """
-    entries = _mapping(_entry(load_params(path), "datasets", "sections", str(path)), "datasets", path)
+    entries = defined("datasets", path)
     where = f"datasets.{name}"
     entry = _mapping(_entry(entries, name, "datasets", f"{path}: datasets"), where, path)
     kind = _entry(entry, "kind", "keys", f"{path}: {where}")
-    if kind not in DATASET_KINDS:
+    if not isinstance(kind, str) or kind not in DATASET_KINDS:
         raise ValueError(f"{path}: {where}.kind: expected one of {sorted(DATASET_KINDS)}, got {kind!r}")
     return parse(entry, DATASET_KINDS[kind], where=where, source=str(path))
 
@@ -207,9 +264,26 @@ def load_backbone_params(name: str, path: Path = PARAMS_FILE) -> BackboneParams:
     Raises:
         ValueError: no such backbone, or a wrong key in it.
     """
-    entries = _mapping(_entry(load_params(path), "backbones", "sections", str(path)), "backbones", path)
-    entry = _entry(entries, name, "backbones", f"{path}: backbones")
+    entry = _entry(defined("backbones", path), name, "backbones", f"{path}: backbones")
     return parse(entry, BackboneParams, where=f"backbones.{name}", source=str(path))
+
+
+def defined(section: str, path: Path = PARAMS_FILE) -> Mapping[str, Any]:
+    """The entries of section `backbones` or `datasets`, unchecked but for their names.
+
+    Raises:
+        ValueError: not a mapping of names.
+    """
+    entries = _mapping(_entry(load_params(path), section, "sections", str(path)), section, path)
+    for name in entries:
+        if not isinstance(name, str) or not re.match(NAME_PATTERN, name):
+            raise ValueError(f"{path}: {section}: expected names of {PATTERN_WORDS[NAME_PATTERN]}, got {name!r}")
+    return entries
+
+
+def require_defined(section: str, name: str, path: Path = PARAMS_FILE) -> None:
+    """Raises ValueError, listing the known names, unless section `backbones` or `datasets` defines this one."""
+    _entry(defined(section, path), name, section, f"{path}: {section}")
 
 
 def parse(values: object, model: type[AnySection], where: str, source: str) -> AnySection:
@@ -233,18 +307,48 @@ def _entry(entries: Mapping[str, Any], name: str, what: str, where: str) -> Any:
 
 def _mapping(values: object, where: str, path: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: {where}: expected a mapping, got {type(values).__name__}")
+        raise ValueError(f"{path}: {where}: expected a mapping, got {_as_yaml(values)}")
     return values
 
 
 def _problem(details: Mapping[str, Any], model: type[BaseModel], where: str) -> str:
     location: tuple[int | str, ...] = details["loc"]
+    if location and location[-1] == "[key]":  # pydantic's mark of what is wrong with the key itself
+        location = location[:-1]
     path = ".".join((where, *map(str, location)))
     if details["type"] in ("extra_forbidden", "missing"):
         state = "unknown key" if details["type"] == "extra_forbidden" else "missing key"
         return f"{path}: {state}; known keys: {', '.join(_known_keys(model, location[:-1]))}"
-    message = str(details["msg"]).removeprefix("Value error, ")
-    return f"{path}: {message}" + ("" if details["type"] == "value_error" else f", got {details['input']!r}")
+    if details["type"] == "value_error":
+        return f"{path}: {str(details['msg']).removeprefix('Value error, ')}"
+    return f"{path}: expected {_expected(details)}, got {_as_yaml(details['input'])}{_quoting_hint(details)}"
+
+
+def _expected(details: Mapping[str, Any]) -> str:
+    context: Mapping[str, Any] = details.get("ctx", {})
+    if details["type"] == "string_pattern_mismatch":
+        return PATTERN_WORDS.get(context["pattern"], f"text that matches {context['pattern']}")
+    return EXPECTED.get(details["type"], str(details["msg"])).format_map(context)
+
+
+def _as_yaml(value: object) -> str:
+    """A value as a reader of params.yaml knows it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _quoting_hint(details: Mapping[str, Any]) -> str:
+    """What to do about a number that YAML reads as text: it is quoted, or it is one like 1e-3, which wants a point."""
+    value = details["input"]
+    if details["type"] not in ("int_type", "float_type") or not isinstance(value, str):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    text = str(int(number)) if number.is_integer() else str(number)
+    return f"; write {text if '.' in text else text.replace('e', '.0e')}"
 
 
 def _known_keys(model: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

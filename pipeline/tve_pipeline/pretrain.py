@@ -4,12 +4,12 @@ python -m tve_pipeline.pretrain BACKBONE
 """
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
 import torch
+from pydantic import Field, model_validator
 from safetensors.torch import save_file
 
 from tve.backbones import Backbone, open_backbone
@@ -22,8 +22,20 @@ from tve.removal import Removal
 from tve.shards import Shards
 from tve.training import TrainingConfig, TrainingResult, pretrain, write_training_rows
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import RunParams, Section, active_profile, expand_path, load_backbone_params, load_section
+from tve_pipeline.params import (
+    Count,
+    NotNegative,
+    Positive,
+    RunParams,
+    Section,
+    Seed,
+    active_profile,
+    existing_path,
+    load_backbone_params,
+    load_section,
+)
 
 TRAIN_SPLIT = "pretrain"
 HELD_OUT_SPLIT = "pretrain_val"
@@ -32,24 +44,35 @@ HELD_OUT_SPLIT = "pretrain_val"
 class TwoNetworksParams(Section):
     """The paper's form; see `tve.two_networks`."""
 
-    embed_dim: int
-    encoder_depth: int
-    decoder_depth: int
-    num_heads: int
-    mixing_layers: int
+    embed_dim: Count
+    encoder_depth: Count
+    decoder_depth: int = Field(ge=0)
+    num_heads: Count
+    mixing_layers: Count
     differences: bool
-    decoder_embed_dim: int | None = None
-    decoder_num_heads: int | None = None
+    decoder_embed_dim: Count | None = None
+    decoder_num_heads: Count | None = None
+
+    @model_validator(mode="after")
+    def _widths_fit_heads(self) -> "TwoNetworksParams":
+        TwoNetworksConfig(**self.model_dump())
+        return self
 
 
 class MaeParams(Section):
     """Where the two networks start: a weights file, or a short masked-autoencoder training of their own."""
 
     weights: str | None
-    num_steps: int
-    batch_size: int
-    learning_rate: float
-    mask_ratio: float
+    num_steps: int = Field(ge=0)
+    batch_size: Count
+    learning_rate: Positive
+    mask_ratio: float = Field(gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _weights_or_steps(self) -> "MaeParams":
+        if self.weights is None and self.num_steps == 0:
+            raise ValueError("num_steps: expected at least 1 where `weights` is null, got 0; or set `mae` to null")
+        return self
 
 
 class PretrainParams(Section):
@@ -57,27 +80,33 @@ class PretrainParams(Section):
 
     form: Literal["shared", "two_networks"]
     trunk: Literal["frozen", "trained"]
-    radius: int
-    num_levels: int
-    width: int
-    depth: int
-    num_steps: int
-    batch_size: int
-    centres_per_image: int
-    learning_rate: float
-    trunk_learning_rate: float
-    weight_decay: float
-    whitening_floor: float | None
-    warmup_steps: int
-    evaluate_every: int
-    checkpoint_every: int
-    num_evaluation_pictures: int
-    memory_mib: int
+    radius: int = Field(ge=0)
+    num_levels: Count
+    width: Count
+    depth: int = Field(ge=0)
+    num_steps: Count
+    batch_size: Count
+    centres_per_image: Count
+    learning_rate: Positive
+    trunk_learning_rate: NotNegative
+    weight_decay: NotNegative
+    whitening_floor: Positive | None
+    warmup_steps: int = Field(ge=0)
+    evaluate_every: Count
+    checkpoint_every: Count
+    num_evaluation_pictures: Count
+    memory_mib: Count
     precision: Literal["bfloat16", "float32"]
     augment: bool
-    seed: int
+    seed: Seed
     mae: MaeParams | None
     two_networks: TwoNetworksParams | None
+
+    @model_validator(mode="after")
+    def _warmup_ends(self) -> "PretrainParams":
+        if self.warmup_steps > self.num_steps:
+            raise ValueError(f"warmup_steps: expected at most num_steps, {self.num_steps}, got {self.warmup_steps}")
+        return self
 
 
 def main(argv: list[str]) -> None:
@@ -124,7 +153,7 @@ def initialise_two_networks(explainer: Explainer, shards: Shards, params: Pretra
     backbone = explainer.backbone
     preprocessing = backbone.config.preprocessing
     if params.mae.weights is not None:
-        path = expand_path(params.mae.weights)
+        path = existing_path(params.mae.weights, "pretrain.mae.weights")
         initialise_from_file(network, path, mean=preprocessing.mean, std=preprocessing.std)
         return network.initialisation
     device = next(backbone.parameters()).device
@@ -227,4 +256,4 @@ def write(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("pretrain", main, "BACKBONE")

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from tve import figures
+from tve_pipeline.report_tables import number
 
 CELL = Path("results", "scenes", "evaluate", "vit_scenes-scenes")
 PRETRAIN = Path("results", "scenes", "pretrain", "vit_scenes", "metrics.json")
+HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
 README = Path("README.md")
 START, END = "<!-- table:start -->", "<!-- table:end -->"
@@ -56,17 +58,27 @@ def _table() -> str:
         cells = []
         for task in TASKS:
             of_task = metrics["tasks"][task]["methods"][method]["drop"]
-            cells.append(f"{of_task['fidelity_plus']['mean']:.3f} / {of_task['fidelity_minus']['mean']:.3f}")
+            cells.append(" / ".join(_number(of_task[name]["mean"], 3) for name in ("fidelity_plus", "fidelity_minus")))
         lines.append(f"| {figures.style_of(method).label} | " + " | ".join(cells) + " |")
-    accuracies = (f"{metrics['tasks'][task]['accuracy']:.1%}" for task in TASKS)
-    lines.append("| *head, test accuracy* | " + " | ".join(accuracies) + " |")
-    lines.append("")
-    lines.append(
-        f"R² within a picture, on held-out pictures: ĝ {learned['r2_kept']:.2f} (the mean of g: "
-        f"{learned['trivial_mean_r2_kept']:.2f}), ĥ {learned['r2_removed']:.2f} (G(x): "
-        f"{learned['trivial_full_r2_removed']:.2f})."
-    )
+    heads = json.loads(HEADS.read_text())
+    (num_test,) = {heads[task]["num_test"] for task in TASKS}
+    accuracies = (f"{heads[task]['test_accuracy']:.1%}" for task in TASKS)
+    lines.append(f"| *head, accuracy on {num_test:,} test pictures* | " + " | ".join(accuracies) + " |")
+    kept, removed = (_number(learned[name], 2) for name in ("r2_kept", "r2_removed"))
+    mean, full = (_number(learned[name], 2) for name in ("trivial_mean_r2_kept", "trivial_full_r2_removed"))
+    tve_s, exact_s = (_number(metrics["seconds"][name], 2) for name in ("tve", "exact_windows"))
+    lines += [
+        "",
+        f"R² within a picture: ĝ (window alone) {kept}, against {mean} for the mean of g; "
+        f"ĥ (window removed) {removed}, against {full} for G(x).",
+        "",
+        f"{metrics['num_pictures']} pictures took {tve_s} s with TVE and {exact_s} s with exact windows.",
+    ]
     return "\n".join(lines)
+
+
+def _number(value: float, decimals: int) -> str:
+    return number(value, decimals, leading_zero=True)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ the parameters and the commit that made them.
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 from tve.digests import file_sha256
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_section
 
@@ -41,4 +41,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("record", main, "BACKBONE")

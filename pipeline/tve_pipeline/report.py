@@ -9,8 +9,7 @@ training.png.
 import base64
 import csv
 import io
-import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,11 @@ from PIL import Image
 from pydantic import Field
 
 from tve import figures
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import RunParams, Section, active_profile, load_params, load_section
 from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, heatmap_boards
+from tve_pipeline.report_provenance import Origin, provenance
 from tve_pipeline.report_results import FIDELITIES, Results, read_results
 from tve_pipeline.report_tables import (
     columns_of,
@@ -37,7 +38,7 @@ from tve_pipeline.report_tables import (
     removals_of,
     share_row,
 )
-from tve_pipeline.report_words import GLOSSARY, accuracy_falls, cut_short, headline, protocol
+from tve_pipeline.report_words import GLOSSARY, TERMS, cut_short, headline, protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # The curves leave out what differs from another line by the window mean alone; the tables have it.
 CURVE_METHODS = ("random", "random_blurred", "centre", "tve_hg", "exact_windows", "tve")
+PANEL_INCHES = (2.35, 2.0)  # small, so that four of them side by side on the page are still read
 # What a panel shows, what to wish for, and where the value stands in a curve's points.
 PANELS = (("S* removed", "higher is better", 2), ("S* kept alone", "lower is better", 1))
 
@@ -64,6 +66,7 @@ class Report:
     params: ReportParams
     results: Results
     sections: Mapping[str, Any]  # of params.yaml: the protocol in words is written from them
+    origins: Sequence[Origin]
 
     @property
     def trained_for(self) -> dict[str, str]:
@@ -72,13 +75,12 @@ class Report:
 
 
 def main(argv: list[str]) -> None:
-    if argv:
-        raise ValueError(f"report: expected no arguments, got {argv}")
     profile, run = active_profile(), load_section("run", RunParams)
     params, sections = load_section("report", ReportParams), load_params()
     results = read_results(Path("results", profile), run.backbones, run.task_datasets)
+    origins = provenance(Path("models", profile, "export"), run.backbones, sections)
     with whole_folder(Path("results", profile, "report")) as folder:
-        write_report(Report(profile, params, results, sections), folder)
+        write_report(Report(profile, params, results, sections, origins), folder)
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -108,6 +110,7 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
         title=report.params.title,
         profile=report.profile,
         sentences=sentences,
+        terms=TERMS,
         large_figures=large_figures,
         missing=results.missing(),
         boards=boards,
@@ -118,6 +121,7 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
         protocol=protocol(results, report.sections),
         glossary=GLOSSARY,
         cut_short=cut_short(results, report.sections),
+        origins=report.origins,
     )
 
 
@@ -161,7 +165,7 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
                 "shares": share_row(columns, removal),
                 "differences": difference_table(columns, removal),
                 "curves": [
-                    _svg(figures.fidelity_curves([panel], 1, legend=False), panel.title)
+                    _svg(figures.fidelity_curves([panel], 1, legend=False, panel_inches=PANEL_INCHES), panel.title)
                     for panel in _curves(report, backbone, removal)
                 ],
             }
@@ -182,12 +186,11 @@ def _accuracy(value: float | None) -> str:
 def _learned(results: Results, backbone: str) -> dict[str, Any]:
     """One backbone's rows of the table of R², and its training curve."""
     found = results.pretraining.get(backbone)
-    halves = accuracy_falls(results, backbone)
     if found is None:
-        return {"name": backbone, "rows": None, "curve": None, "halves": halves}
+        return {"name": backbone, "rows": None, "curve": None}
     metrics = found.metrics
     trivial = {"kept": metrics.get("trivial_mean_r2_kept"), "removed": metrics.get("trivial_full_r2_removed")}
-    about = {"kept": ("ĝ, window kept", "mean of g over the data"), "removed": ("ĥ, window removed", "ĥ = G(x)")}
+    about = {"kept": ("ĝ, window kept", "the mean of g"), "removed": ("ĥ, window removed", "G(x)")}
     training = _training(results, backbone)
     return {
         "name": backbone,
@@ -195,7 +198,6 @@ def _learned(results: Results, backbone: str) -> dict[str, Any]:
             {
                 "label": label,
                 "r2": number(metrics[f"r2_{name}"]),
-                "share": max(0.0, metrics[f"r2_{name}"]),
                 "centred": number(metrics.get(f"r2_{name}_centred")),
                 "trivial": number(trivial[name]),
                 "answer": answer,
@@ -203,7 +205,6 @@ def _learned(results: Results, backbone: str) -> dict[str, Any]:
             for name, (label, answer) in about.items()
         ],
         "curve": _svg(figures.training_curves([training]), f"R² during pre-training, {backbone}") if training else None,
-        "halves": halves,
     }
 
 
@@ -274,4 +275,4 @@ def _jpeg(image: NDArray[np.uint8]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("report", main)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tve import figures
-from tve_pipeline.report_results import Heatmaps, Results
+from tve_pipeline.report_results import Heatmaps, Results, in_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,13 @@ class Cell:
         return self.predicted == self.label
 
     @property
+    def correction(self) -> str:
+        """The right class, where the prediction is wrong."""
+        return "" if self.right else f"(is {self.label})"
+
+    @property
     def caption(self) -> str:
-        return self.predicted if self.right else f"{self.predicted} (is {self.label})"
+        return f"{self.predicted} {self.correction}".strip()
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +93,7 @@ def board_figure(boards: list[HeatmapBoard]) -> "Figure":
 
 
 def _board(dataset: str, found: dict[str, Heatmaps], num_pictures: int) -> HeatmapBoard:
-    tasks = list(dict.fromkeys(task for heatmaps in found.values() for task, _ in heatmaps.maps))
+    tasks = in_order({task for heatmaps in found.values() for task, _ in heatmaps.maps})
     views = [(backbone, method) for backbone in found for method in SHOWN_METHODS if _has(found[backbone], method)]
     names = [figures.style_of(m).label if len(found) == 1 else f"{b}, {figures.style_of(m).label}" for b, m in views]
     reference = next(iter(found.values()))

@@ -10,12 +10,15 @@ A missing folder is not an error: the report marks it missing.
 import csv
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from tve_pipeline.scenes import TASKS
 
 CONTROLS = ("random", "random_blurred", "centre")
 REFERENCES = ("exact_windows", "exact_windows_u")
@@ -50,8 +53,9 @@ class Evaluation:
 
     @property
     def tasks(self) -> dict[str, Any]:
+        """What was measured of each task, in the order of the report."""
         tasks: dict[str, Any] = self.metrics["tasks"]
-        return tasks
+        return {task: tasks[task] for task in in_order(tasks)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +109,12 @@ def read_results(folder: Path, backbones: tuple[str, ...], datasets: tuple[str, 
         {name: found for name, found in pretraining.items() if found},
         {pair: found for pair, found in heads.items() if found},
     )
+
+
+def in_order(tasks: Iterable[str]) -> list[str]:
+    """Tasks as the report lists them: those of the scenes as they stand there, then the others by their names."""
+    of_scenes = list(TASKS)
+    return sorted(tasks, key=lambda task: (of_scenes.index(task) if task in of_scenes else len(of_scenes), task))
 
 
 def _metrics(folder: Path) -> dict[str, Any]:

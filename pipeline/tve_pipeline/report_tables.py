@@ -111,8 +111,8 @@ def verdict_of(difference: dict[str, float], fidelity: str) -> str:
     return "better" if low > 0 else "worse" if high < 0 else "unclear"
 
 
-def number(value: float | None, decimals: int = 3) -> str:
-    """A figure without its leading zero and with a true minus sign; a dash where there is none.
+def number(value: float | None, decimals: int = 3, leading_zero: bool = False) -> str:
+    """A figure, by default without its leading zero, with a true minus sign; a dash where there is none.
 
     >>> number(-0.1234), number(12.0), number(None)
     ('−.123', '12.000', '–')
@@ -120,7 +120,8 @@ def number(value: float | None, decimals: int = 3) -> str:
     if value is None:
         return "–"
     text = f"{abs(value):.{decimals}f}"
-    return ("−" if value < 0 and float(text) else "") + (text[1:] if text.startswith("0.") else text)
+    sign = "−" if value < 0 and float(text) else ""
+    return sign + (text[1:] if text.startswith("0.") and not leading_zero else text)
 
 
 def times(ratio: float | None) -> str:
@@ -147,5 +148,6 @@ def _density(density: dict[str, float | None]) -> dict[str, str]:
     ratio = density["ratio"]
     return {
         "ratio": times(ratio),
-        "objects": f"{number(density['own'])} : {number(density['other'])}",
+        "own": number(density["own"]),
+        "other": number(density["other"]),
     }

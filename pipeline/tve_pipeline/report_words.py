@@ -9,6 +9,25 @@ from tve_pipeline.report_tables import number, percent, times, verdict_of
 Words = tuple[str, list[dict[str, str]]]  # a sentence, and the large figures that it holds
 Sections = Mapping[str, Any]  # sections of params.yaml, as they stand there
 
+# What the headline takes for granted, said below it: the name, and a sentence or two.
+TERMS = (
+    (
+        "ĝ and ĥ",
+        "What the explainer predicts, for the window around each patch: the backbone's embedding with only that window "
+        "kept (ĝ), and with that window removed (ĥ). R² is the share of the differences within a picture that it "
+        "predicts.",
+    ),
+    (
+        "F⁺ and F⁻",
+        "Fidelity⁺ (F⁺) is the probability of the predicted class that is lost without the patches which a map ranks "
+        "highest; higher is better. Fidelity⁻ (F⁻) is what is lost with those patches alone; lower is better.",
+    ),
+    (
+        "Controls and exact windows",
+        "Controls are maps that know nothing of the model: noise, blurred noise, the centre of the picture. Exact "
+        "windows, the reference, are the embeddings evaluated for each window rather than predicted in one pass.",
+    ),
+)
 GLOSSARY = {
     "TVE": "the explainer's ĝ and ĥ read through the task's head: one forward pass, nothing trained on the task; "
     "“no window mean” is u, the same before averaging over windows",
@@ -56,16 +75,12 @@ def protocol(results: Results, sections: Sections) -> list[str]:
     evaluations = list(results.evaluations.values())
     if evaluations:
         fractions = sorted({point[0] for found in evaluations for points in found.curves.values() for point in points})
-        levels = (
-            f"{len(fractions)} levels ({fractions[0]:.0%} to {fractions[-1]:.0%} of the patches)"
-            if fractions
-            else "levels"
-        )
+        levels = f"{len(fractions)} levels ({_range(fractions, percent)} of the patches)" if fractions else "levels"
         sentences += [
             "The watched probability p(y|x) is that of the class y which the task's head predicts for the whole "
             f"picture. S* are the patches of highest attribution, at {levels}; ties follow one fixed "
             "pseudo-random order.",
-            "Fidelity⁺ = p(y|x) − p(y|x without S*), higher is better. Fidelity⁻ = p(y|x) − p(y|x with S* only), "
+            "F⁺ = p(y|x) − p(y|x without S*), higher is better. F⁻ = p(y|x) − p(y|x with S* only), "
             "lower is better. Both are means over levels, then over pictures, ± the standard deviation over pictures.",
             f"Intervals of TVE minus another method are 95 % paired bootstrap intervals over pictures, of "
             f"{_count(evaluate['num_bootstrap'])} resamples. Where an interval holds zero, nothing is claimed.",
@@ -108,17 +123,6 @@ def cut_short(results: Results, sections: Sections) -> list[str]:
     return sentences
 
 
-def accuracy_falls(results: Results, backbone: str) -> str | None:
-    """By how many percentage points the heads' accuracy falls on random halves of the pictures: "19 to 25"."""
-    falls = [
-        100 * (head["test_accuracy"] - head["halves_accuracy"])
-        for (name, _), heads in results.heads.items()
-        for head in heads.values()
-        if name == backbone
-    ]
-    return _range(falls, "{:.0f}".format) if falls else None
-
-
 def _learned_words(results: Results) -> Words:
     explainers = results.pretraining.values()
     if not explainers:
@@ -129,8 +133,8 @@ def _learned_words(results: Results) -> Words:
         "window to window inside a held-out picture when the window alone is kept (R² of ĝ), and "
         f"{_range(removed, percent)} when it is taken away (R² of ĥ).",
         [
-            {"value": _range(kept, number), "label": "R² of ĝ within a picture"},
-            {"value": _range(removed, number), "label": "R² of ĥ within a picture"},
+            {"value": _range(kept, number), "label": "R² of ĝ, only the window kept"},
+            {"value": _range(removed, number), "label": "R² of ĥ, the window removed"},
         ],
     )
 
@@ -172,7 +176,12 @@ def _density_words(ratios: Mapping[str, float]) -> Words:
     return (
         f"The object that a task is about holds {times(ratios[name])} the positive attribution of the other one, patch "
         f"for patch, on {name}" + (", and more on every other task." if len(ratios) > 1 else "."),
-        [{"value": ("≥ " if len(ratios) > 1 else "") + times(ratios[name]), "label": "density, right object / other"}],
+        [
+            {
+                "value": ("≥ " if len(ratios) > 1 else "") + times(ratios[name]),
+                "label": "attribution, own object over other",
+            }
+        ],
     )
 
 
@@ -186,8 +195,11 @@ def _backbone_words(name: str, params: Mapping[str, Any]) -> str:
     side = params["patches_per_side"]
     weights = {"train": "trained in its own stage", "timm": "with timm's weights", "random": "with random weights"}
     origin = weights.get(params["weights"], "with given weights")
-    grid = f" on a grid of {side} × {side} patches" if side else ""
-    return f"Backbone {name}: {params['architecture']} {origin}{grid}, frozen; removal “{params['removal']}”."
+    arguments = ", ".join(f"{key}={value}" for key, value in params["timm_args"].items())
+    shape = f" with {arguments}," if arguments else ""
+    grid = f", on a grid of {side} × {side} patches" if side else ""
+    model = f"timm's {params['architecture']}{shape} {origin}{grid}"
+    return f"Backbone {name}: {model}, frozen; removal “{params['removal']}”."
 
 
 def _pretraining_words(name: str, metrics: Mapping[str, Any]) -> str:

@@ -5,7 +5,6 @@ python -m tve_pipeline.shards DATASET
 
 import io
 import os
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -26,8 +25,9 @@ from tve.sources import (
     named_splits,
     open_source,
 )
+from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder
-from tve_pipeline.params import PicturesDataset, ScenesDataset, active_profile, load_dataset
+from tve_pipeline.params import PicturesDataset, ScenesDataset, active_profile, existing_path, load_dataset
 from tve_pipeline.scenes import SPLIT_IDS, TASKS, scene
 
 MASK_OBJECTS = ("digit", "shape", "distractor")
@@ -69,8 +69,9 @@ def write_pictures(folder: Path, name: str, dataset: PicturesDataset) -> None:
 
     Raises:
         ValueError: a source, a table or a picture that cannot be read, or a split without pictures.
+        FileNotFoundError: no such source.
     """
-    path = dataset.path
+    path = existing_path(dataset.source, f"datasets.{name}.source")
     with open_source(path, dataset.sha256) as source:
         splits, tasks = plan_pictures(source, dataset)
         counts = {split: len(pictures) for split, pictures in splits.items()}
@@ -142,4 +143,4 @@ def _picture_samples(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    run_stage("shards", main, "DATASET")

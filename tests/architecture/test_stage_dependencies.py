@@ -1,6 +1,7 @@
 """dvc.yaml names the code and the parameters that each stage reads, and imports point one way."""
 
 import ast
+import re
 from typing import Any
 
 import pytest
@@ -42,6 +43,15 @@ def test_a_stage_depends_on_every_section_of_params_that_it_loads(stage: str) ->
             if section != "None":
                 read.add(section)
     assert read <= named
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_is_called_with_the_arguments_that_it_expects(stage: str) -> None:
+    *_, last = ast.parse((ROOT / module_path(f"tve_pipeline.{stage}")).read_text()).body
+    given = re.findall(r"\$\{item\.(\w+)\}", STAGES[stage]["cmd"])
+    assert isinstance(last, ast.If)
+    expected = ", ".join([repr(stage), "main", *(repr(name.upper()) for name in given)])
+    assert ast.unparse(last.body) == f"run_stage({expected})"
 
 
 def test_the_library_imports_nothing_of_the_pipeline() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tve.transfer import window_mean
+from tve.transfer_rule import window_mean
 
 
 def control_maps(keys: Sequence[str], patches_per_side: int, radius: int, seed: int) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tve.evaluator import CoalitionEvaluator
 from tve.fidelity.levels import nested_levels
-from tve.transfer import Head, read
+from tve.transfer_rule import Head, read
 
 Name = TypeVar("Name", bound=Hashable)
 
@@ -48,7 +48,7 @@ class Fidelity:
         return self.kept_drop_BF.mean(1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def fidelity(
     evaluator: CoalitionEvaluator,
     images_B3SS: Tensor,
@@ -85,7 +85,7 @@ def fidelity(
     return scores
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def target_probability(head: Head, embeddings: Tensor, target_B: Tensor) -> Tensor:
     """p(y|·) [B, ...] of each picture's own class, on embeddings [B, ..., D]."""
     probability = read(head, embeddings, "probability")

@@ -1,0 +1,153 @@
+"""Transfer: a meta-attribution read through any head becomes a heatmap for any class. Nothing is trained.
+
+    u[p, q]   = w+ (l(g[p, q]) - l(G(∅)))  +  w- (l(G(x)) - l(h[p, q]))
+    phi[p, q] = mean of u over the windows that contain patch (p, q)
+
+l is the logit, the probability or the log-probability of a class under the head. The paper (arXiv 2312.15359,
+section 4) writes a sum over windows; a mean is what its release computes, and right: a clipped sum has 9 terms in a
+corner and 25 inside. G(∅) and G(x) do not change the order of patches; they fix the zero.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from tve.meta_attribution import MetaAttribution
+
+Output = Literal["logit", "probability", "log_probability"]
+Head = Callable[[Tensor], Tensor]
+# A class for all pictures, or one class per picture [B].
+Target = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TransferRule:
+    """How a meta-attribution is read."""
+
+    output: Output = "logit"
+    window_mean: bool = True  # phi; u where False
+    weight_kept: float = 1.0
+    weight_removed: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.output not in get_args(Output):
+            raise ValueError(f"output: expected one of {list(get_args(Output))}, got {self.output!r}")
+
+
+DEFAULT_RULE = TransferRule()
+
+
+@torch.no_grad()
+def transfer(meta: MetaAttribution, head: Head, rule: TransferRule = DEFAULT_RULE) -> Tensor:
+    """Attribution maps phi [B, C, P, P] of all C classes of a head, in the unit of the rule's output.
+
+    Positive: the patch speaks for the class. Maps are neither rescaled nor clipped.
+
+    Args:
+        meta: exact or predicted.
+        head: embeddings [..., D] to logits [..., C]: linear, or any module in evaluation mode. It is called on rows
+            [M, D].
+        rule: output, window mean, weights.
+
+    Raises:
+        ValueError: no head, one of another width, or one whose dropout or batch norm is in training mode.
+    """
+    require_head(head, meta.full_BD)
+    kept_BNC = rule.weight_kept * (read(head, meta.kept_BND, rule.output) - read(head, meta.empty_D, rule.output))
+    full_B1C = read(head, meta.full_BD, rule.output)[:, None]
+    removed_BNC = rule.weight_removed * (full_B1C - read(head, meta.removed_BND, rule.output))
+    u_BNC = kept_BNC + removed_BNC
+    side = round(u_BNC.shape[1] ** 0.5)
+    u_BCPP = u_BNC.transpose(1, 2).unflatten(2, (side, side))
+    return window_mean(u_BCPP, meta.radius) if rule.window_mean else u_BCPP
+
+
+def window_mean(u_BCPP: Tensor, radius: int) -> Tensor:
+    """The mean of u over the windows that contain each patch: over N_r(p, q), clipped at the border."""
+    return nn.functional.avg_pool2d(u_BCPP, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
+
+
+def read(head: Head, embeddings: Tensor, output: Output = "logit") -> Tensor:
+    """A head's output [..., C] on embeddings [..., D], which it is given as rows: some layers take nothing else."""
+    logits_MC = head(embeddings.reshape(-1, embeddings.shape[-1]))
+    logits = logits_MC.reshape(*embeddings.shape[:-1], logits_MC.shape[-1])
+    if output == "logit":
+        return logits
+    return logits.softmax(-1) if output == "probability" else logits.log_softmax(-1)
+
+
+def of_class(maps_BCPP: Tensor, target: Target) -> Tensor:
+    """Each picture's map [B, P, P] of its own class, or of the one class for all.
+
+    Raises:
+        ValueError: a target that is no class index, a class that the head does not have, or not one class per picture.
+    """
+    batch_size, num_classes = maps_BCPP.shape[:2]
+    target_B = class_of_each(target, batch_size).to(maps_BCPP.device)
+    if len(target_B) and not bool(((target_B >= 0) & (target_B < num_classes)).all()):
+        raise ValueError(f"class: expected 0 to {num_classes - 1}, got {target_B.tolist()}")
+    return maps_BCPP[torch.arange(batch_size, device=maps_BCPP.device), target_B]
+
+
+def class_of_each(target: Target, batch_size: int) -> Tensor:
+    """Class indices int64 [B] of a target: one class for all pictures, or one per picture.
+
+    Raises:
+        ValueError: another type than integers (True is none), or another number than one or B.
+    """
+    expected = f"class: expected an int, or one per picture, [{batch_size}]"
+    try:
+        given = torch.as_tensor(target)
+    except (TypeError, ValueError, RuntimeError) as error:  # what torch raises on words, ragged lists and objects
+        raise ValueError(f"{expected}, got {target!r}") from error
+    if given.dtype == torch.bool or given.is_floating_point() or given.is_complex():
+        raise ValueError(f"{expected}, got {str(given.dtype).removeprefix('torch.')} {list(given.shape)}: {target!r}")
+    if given.ndim == 0:
+        return given.long().expand(batch_size)
+    if tuple(given.shape) != (batch_size,):
+        raise ValueError(f"{expected}, got {list(given.shape)}")
+    return given.long()
+
+
+def require_head(head: Head, embeddings_MD: Tensor) -> None:
+    """Raises ValueError unless the head, in evaluation mode, makes logits [..., C] of such embeddings, M > 0."""
+    embed_dim = embeddings_MD.shape[-1]
+    if not callable(head):
+        hint = "this backbone may have no single linear classifier: pass a head" if head is None else "pass a module"
+        got = "None" if head is None else type(head).__name__
+        raise ValueError(
+            f"head: expected a callable from embeddings [..., {embed_dim}] to logits [..., C], got {got}; {hint}"
+        )
+    if changing := sorted({type(module).__name__ for module in _changing(head)}):
+        raise ValueError(
+            f"head: expected evaluation mode, got {', '.join(changing)} in training mode; call head.eval()"
+        )
+    try:
+        logits = head(embeddings_MD[:1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"head: expected a head on embeddings of width {embed_dim}, got one that fails on them ({error}); "
+            "heads read the backbone's pooled, pre-logits embedding"
+        ) from error
+    expected = f"head: expected logits [{len(embeddings_MD[:1])}, C], floating, of one embedding"
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"{expected}, got {type(logits).__name__}; return one tensor")
+    if not logits.is_floating_point() or logits.ndim != 2 or len(logits) != len(embeddings_MD[:1]):
+        raise ValueError(f"{expected}, got {logits.dtype} {list(logits.shape)}; return a row per embedding")
+
+
+def _changing(head: Head) -> list[nn.Module]:
+    """The modules of a head that make its output depend on chance or on the batch."""
+    modules = head.modules() if isinstance(head, nn.Module) else ()
+    return [
+        module
+        for module in modules
+        if module.training and (isinstance(module, _BatchNorm) or (isinstance(module, _DropoutNd) and module.p > 0))
+    ]
