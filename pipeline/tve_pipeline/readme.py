@@ -1,4 +1,4 @@
-"""The README's picture and table, made from results, so that neither is typed by hand.
+"""The README's pictures and table, made from results, so that neither is typed by hand.
 
 python -m tve_pipeline.readme
 """
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from tve import figures
 from tve_pipeline.report_tables import number
@@ -16,6 +17,7 @@ CELL = Path("results", "scenes", "evaluate", "vit_scenes-scenes")
 PRETRAIN = Path("results", "scenes", "pretrain", "vit_scenes", "metrics.json")
 HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
+SCENE = Path("docs", "images", "scene.png")  # what the README's example explains
 README = Path("README.md")
 START, END = "<!-- table:start -->", "<!-- table:end -->"
 NUM_PICTURES = 4
@@ -26,6 +28,8 @@ METHODS = ("tve", "tve_u", "exact_windows", "tve_hg", "random", "random_blurred"
 def main() -> None:
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figures.save_png(_pictures(), PICTURE, dots_per_inch=110)
+    with np.load(CELL / "heatmaps.npz") as arrays:
+        Image.fromarray(arrays["images"][0]).save(SCENE)
     before, rest = README.read_text().split(START)
     _, after = rest.split(END)
     README.write_text(f"{before}{START}\n{_table()}\n{END}{after}")
