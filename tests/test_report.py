@@ -14,7 +14,7 @@ import yaml
 
 from tve_pipeline.report import main
 from tve_pipeline.report_provenance import provenance
-from tve_pipeline.report_results import in_order, read_results
+from tve_pipeline.report_results import Pretraining, Results, in_order, read_results
 from tve_pipeline.report_tables import columns_of, difference_table, fidelity_table, number, percent
 from tve_pipeline.report_words import TERMS, headline
 from tve_pipeline.scenes import TASKS
@@ -305,3 +305,11 @@ def test_numbers_lose_their_leading_zero_and_keep_a_true_minus() -> None:
     assert [number(value) for value in (0.25, -0.25, 1.5, -0.0001, None)] == [".250", "−.250", "1.500", ".000", "–"]
     assert [number(value, 2, leading_zero=True) for value in (0.25, -0.2, -0.001)] == ["0.25", "−0.20", "0.00"]
     assert (percent(0.8), percent(-0.05), percent(None)) == ("80\u00a0%", "−5\u00a0%", None)
+
+
+def test_an_r2_below_zero_is_said_to_be_no_share_at_all() -> None:
+    metrics = {"r2_kept": 0.2, "r2_removed": -0.09}
+    pretraining = {"vit": Pretraining(metrics, [])}
+    (sentence, *_), _ = headline(Results(("vit",), (), {}, pretraining, {}), {})
+    assert "predicts 20\u00a0% of what differs" in sentence
+    assert "less than each picture's own mean would, −.090, when it is taken away" in sentence

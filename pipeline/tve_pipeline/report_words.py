@@ -129,14 +129,19 @@ def _learned_words(results: Results) -> Words:
         return "", []
     kept, removed = ([found.metrics[f"r2_{name}"] for found in explainers] for name in ("kept", "removed"))
     return (
-        f"After one label-free pre-training, the explainer predicts {_range(kept, percent)} of what differs from "
-        "window to window inside a held-out picture when the window alone is kept (R² of ĝ), and "
-        f"{_range(removed, percent)} when it is taken away (R² of ĥ).",
+        f"After one label-free pre-training, the explainer predicts {_share(kept)} of what differs from window to "
+        "window inside a held-out picture when the window alone is kept (R² of ĝ), and "
+        f"{_share(removed)} when it is taken away (R² of ĥ).",
         [
             {"value": _range(kept, number), "label": "R² of ĝ, only the window kept"},
             {"value": _range(removed, number), "label": "R² of ĥ, the window removed"},
         ],
     )
+
+
+def _share(r2: list[float]) -> str:
+    """R² as a share; below 0 it is none: each picture's own mean would do better."""
+    return _range(r2, percent) if min(r2) >= 0 else f"less than each picture's own mean would, {_range(r2, number)},"
 
 
 def _beaten_words(beaten: Mapping[str, bool]) -> Words:
