@@ -13,9 +13,17 @@ torch.set_num_threads(1)
 
 MISSING = [name for name in ("dvc", "prefect", "pydantic", "webdataset") if find_spec(name) is None]
 NEED_THE_PIPELINE = [
-    *("architecture/test_profiles_share_one_graph.py", "architecture/test_stage_dependencies.py"),
-    *("test_backbone_training.py", "test_check.py", "test_evaluate.py", "test_heads.py", "test_params.py"),
-    *("test_report.py", "test_shards.py", "test_sources.py"),
+    "architecture/test_profiles_share_one_graph.py",
+    "architecture/test_stage_dependencies.py",
+    "test_backbone_training.py",
+    "test_check.py",
+    "test_entry.py",
+    "test_evaluate.py",
+    "test_heads.py",
+    "test_params.py",
+    "test_report.py",
+    "test_shards.py",
+    "test_sources.py",
 ]
 collect_ignore = NEED_THE_PIPELINE if MISSING else []
 

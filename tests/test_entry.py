@@ -1,5 +1,6 @@
 """Entry points: a user's mistake is one line on stderr and exit code 1, and nothing was done before it."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -72,5 +73,6 @@ def test_a_mistake_that_a_stage_finds_becomes_one_line_and_any_other_error_keeps
 
 def test_a_mistake_on_the_command_line_prints_one_line_and_ends_with_1() -> None:
     command = [sys.executable, "-m", "tve_pipeline.shards"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "pipeline")))}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "shards: expected DATASET, got []\n")
