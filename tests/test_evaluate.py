@@ -174,11 +174,28 @@ def test_densities_know_which_object_is_the_tasks_own(results: Path) -> None:
         assert (of_digit["own"], of_digit["other"]) == pytest.approx((of_colour["other"], of_colour["own"]))
 
 
-def test_object_patches_are_the_generators_own(shards: Shards) -> None:
+def test_object_patches_are_the_generators_own(shards: Shards, backbone: Backbone) -> None:
     for index, sample in enumerate(shards.samples("test")):
         masks = scene(0, "test", index).masks
         expected = np.stack([patch_mask(masks[name]) for name in shards.mask_objects])
-        assert (object_patches(sample, len(shards.mask_objects), 8).numpy() == expected).all()
+        assert (object_patches(sample, len(shards.mask_objects), backbone).numpy() == expected).all()
+
+
+def test_object_patches_follow_the_picture_through_resizing_and_cropping(shards: Shards) -> None:
+    """On a grid that the mask's own size does not divide: 7 x 7 patches of 16 px, of which cropping cuts the border."""
+    size = VIT | {"img_size": 112, "patch_size": 16}
+    resized = load_backbone("vit_tiny_patch16_224", "random", timm_args=size, preprocessing={"crop_pct": 0.875})
+    for index, sample in enumerate(shards.samples("test")):
+        found = object_patches(sample, len(shards.mask_objects), resized)
+        assert found.shape == (3, 7, 7)
+        for name, patches_PP in zip(shards.mask_objects, found, strict=True):
+            # A pixel at x of 64 is seen at 2 x - 8 of 112.
+            rows, columns = np.nonzero(scene(0, "test", index).masks[name])
+            centres = np.stack([rows, columns]) * 2 + 1 - 8
+            centres = centres[:, ((centres >= 0) & (centres < 112)).all(0)] // 16
+            expected = np.zeros((7, 7), dtype=bool)
+            expected[centres[0], centres[1]] = True
+            assert (patches_PP.numpy() == expected).all()
 
 
 def test_results_do_not_depend_on_the_batch_size(

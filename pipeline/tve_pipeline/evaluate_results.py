@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from tve.backbones import Backbone
@@ -155,7 +156,7 @@ class EvaluationWriter:
 
     def _add_densities(self, batch: BatchResults) -> None:
         objects_BOPP = torch.stack(
-            [object_patches(sample, len(self.mask_objects), self.backbone.patches_per_side) for sample in batch.samples]
+            [object_patches(sample, len(self.mask_objects), self.backbone) for sample in batch.samples]
         ).to(batch.images_B3SS.device)
         present = dict(zip(self.mask_objects, objects_BOPP.unbind(1), strict=True))
         for (task, method), scored in batch.maps.items():
@@ -256,10 +257,15 @@ def label_of(sample: Sample, task: str) -> int:
     return sample.labels[task]
 
 
-def object_patches(sample: Sample, num_objects: int, patches_per_side: int) -> Tensor:
-    """Patches that hold at least one pixel of each object: bool [O, P, P]."""
+def object_patches(sample: Sample, num_objects: int, backbone: Backbone) -> Tensor:
+    """Patches that hold at least one pixel of each object, as the backbone sees the picture: bool [O, P, P]."""
     assert sample.masks is not None
-    masks_OHW = torch.from_numpy(decode_masks(sample.masks, num_objects))
-    pixels = masks_OHW.shape[-1] // patches_per_side
-    tiles = masks_OHW.reshape(num_objects, patches_per_side, pixels, patches_per_side, pixels)
-    return tiles.any(4).any(2)
+    seen = []
+    for mask_HW in decode_masks(sample.masks, num_objects):
+        # The mask goes where the picture goes: resized, cropped.
+        shown = backbone.pixels(backbone.preprocess(Image.fromarray(mask_HW.astype(np.uint8) * 255)))
+        seen.append(torch.from_numpy(shown[..., 0] > 127))
+    masks_OSS = torch.stack(seen)
+    patches = backbone.patches_per_side
+    pixels = backbone.image_size // patches
+    return masks_OSS.reshape(num_objects, patches, pixels, patches, pixels).any(4).any(2)
