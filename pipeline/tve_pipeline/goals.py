@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,10 @@ from tve.heads import load_head
 from tve.meta_attribution import exact_windows
 from tve.objective import explained_variance
 from tve.pictures import ordered_batches
-from tve.samples import decode_masks
 from tve.shards import Shards
 from tve.training import concatenated
-from tve_pipeline.scenes import SHAPES, patch_mask
+from tve_pipeline.evaluate_results import object_patches
+from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
 CONTROLS = ("random", "random_blurred", "centre")
@@ -179,21 +178,17 @@ def density(goals: Goals, backbone: str, dataset: str) -> None:
     for samples, images in ordered_batches(
         shards, "test", explainer.backbone, batch_size=100, limit=NUM_DENSITY_PICTURES
     ):
-        patches = [patch_masks(sample.masks, shards.mask_objects) for sample in samples]
+        patches_BOPP = torch.stack(
+            [object_patches(sample, len(shards.mask_objects), explainer.backbone) for sample in samples]
+        )
+        present = dict(zip(shards.mask_objects, patches_BOPP.unbind(1), strict=True))
         for task in objects:
             maps = explainer.explain(images, load_head(heads / f"{task}.safetensors"))
             for name in objects:
-                present = torch.stack([torch.from_numpy(of_picture[name]) for of_picture in patches])
-                sums[task, name] += float(positive_density(maps, present).sum())
+                sums[task, name] += float(positive_density(maps, present[name]).sum())
     for task, other in objects.items():
         ratio = sums[task, task] / sums[task, other]
         goals.at_least(f"{task}: density in the right object over the other", ratio, 2.0, "ratio")
-
-
-def patch_masks(masks: bytes | None, objects: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """Patches [P, P] that each object of a scene touches."""
-    assert masks is not None
-    return {name: patch_mask(mask) for name, mask in zip(objects, decode_masks(masks, len(objects)), strict=True)}
 
 
 def real_cells(goals: Goals) -> None:
