@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 
-.PHONY: help venv repro test lint types profile flow graph lock goals-main clean
+.PHONY: help venv repro test lint types profile flow graph lock proof bench goals-engine goals-main clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -56,6 +56,15 @@ graph: $(READY) ## write the code that each stage imports into dvc.yaml
 lock: $(READY) ## renew requirements.lock from pyproject.toml
 	uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-emit-index-url --no-emit-find-links --no-annotate -q -o requirements.lock
+
+proof: $(READY) ## compile every kernel for four GPU architectures, without a GPU; spills are errors
+	env -u TRITON_INTERPRET python -m tve_kernels.compile_proof
+
+bench: $(READY) ## time the coalition engine beside plain PyTorch; appends rows to kernels/results
+	python -m benchmarks.engine
+
+goals-engine: $(READY) ## measure what the coalition engine promises; about half an hour on two cores
+	python -m benchmarks.goals
 
 goals-main: $(READY) ## measure what the main job promises; about 20 minutes: clones, installs, runs everything
 	python -m tve_pipeline.goals main

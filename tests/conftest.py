@@ -4,12 +4,15 @@ Where the extra `pipeline` is not installed (a GPU machine with the core alone),
 says at the end which files were left out.
 """
 
+import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():  # before anything imports Triton: kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 MISSING = [name for name in ("dvc", "prefect", "pydantic", "webdataset") if find_spec(name) is None]
 NEED_THE_PIPELINE = [

@@ -4,7 +4,9 @@ import re
 import pytest
 import torch
 
-from tve.coalitions import Windows, random_halves, require_coalitions
+from tve.coalitions import WindowCoalitions, Windows, coalition_pairs, random_halves, require_coalitions
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("patches", "radius"), [(1, 0), (4, 0), (5, 1), (6, 2), (7, 6)])
@@ -65,14 +67,14 @@ def test_a_window_that_cannot_be_is_an_error(patches: int, radius: int, message:
     ids=["dtype", "flat", "batch", "grid"],
 )
 def test_coalitions_of_another_form_are_an_error_that_says_both(wrong: torch.Tensor) -> None:
-    got = re.escape(f"got {wrong.dtype} {list(wrong.shape)}")
+    got = re.escape(f"got {str(wrong.dtype).removeprefix('torch.')} {list(wrong.shape)}; True = present")
     with pytest.raises(ValueError, match=rf"coalitions: expected bool \[2, K, 4, 4\], {got}"):
-        require_coalitions(wrong, batch_size=2, patches_per_side=4)
+        require_coalitions(wrong, (2, "K"), 4, CPU)
 
 
 def test_any_number_of_coalitions_is_accepted() -> None:
     for count in (0, 1, 5):
-        require_coalitions(torch.ones(2, count, 4, 4, dtype=torch.bool), batch_size=2, patches_per_side=4)
+        require_coalitions(torch.ones(2, count, 4, 4, dtype=torch.bool), (2, "K"), 4, CPU)
 
 
 def test_random_halves_keep_half_of_each_picture_and_differ() -> None:
@@ -82,3 +84,33 @@ def test_random_halves_keep_half_of_each_picture_and_differ() -> None:
     assert len(half_BPP.unique(dim=0)) == 200
     share_PP = half_BPP.double().mean(0)
     assert (share_PP - 12 / 25).abs().max() < 0.12  # three standard deviations of 200 draws are .106
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 4])
+def test_windows_know_their_sizes_and_masks_and_pair_with_their_complements(radius: int) -> None:
+    family = Windows(5, radius)
+    index = torch.arange(25)[None].expand(2, -1)
+    pairs = coalition_pairs(family, index)
+    assert isinstance(pairs, WindowCoalitions)
+    assert torch.equal(pairs.sizes(), pairs.present().flatten(2).sum(2))
+    kept, removed = pairs.present().chunk(2, dim=1)
+    assert torch.equal(kept, ~removed)
+    assert torch.equal(kept[0], family.kept_NPP())
+    assert torch.equal(pairs.reshape(100)[torch.tensor([3, 99])].present(), pairs.present().flatten(0, 1)[[3, 99]])
+
+
+def test_a_family_that_is_no_windows_pairs_by_masks() -> None:
+    class Rows:
+        patches_per_side, num_coalitions, radius = 3, 3, 0
+
+        def kept_NPP(self, device: torch.device | str = "cpu") -> torch.Tensor:
+            return torch.eye(3, dtype=torch.bool, device=device)[:, :, None].expand(3, 3, 3)
+
+    pairs = coalition_pairs(Rows(), torch.tensor([[2, 0]]))
+    assert isinstance(pairs, torch.Tensor)
+    assert pairs[0, :, :, 0].tolist() == [
+        [False, False, True],
+        [True, False, False],
+        [True, True, False],
+        [False, True, True],
+    ]

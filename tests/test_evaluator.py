@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from tve.backbones import Backbone, load_backbone
+from tve.coalitions import WindowCoalitions, Windows
 from tve.evaluator import CoalitionEvaluator
+from tve.kernels import Choice
+from tve.memory import peak_bytes
 from tve.removal import Removal, zero_pixels
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -25,6 +28,7 @@ VARIANTS: dict[str, tuple[str, dict[str, object]]] = {
     "pictures of any size": (VIT, {"dynamic_img_size": True}),
     "two class tokens": ("deit_tiny_distilled_patch16_224", {}),
 }
+AUTO_ON_A_CPU = "Triton's interpreter is for tests, not for speed"
 WITHOUT_CLASS_TOKEN = ("average of patches", "average, no prefix", "average, registers", "attention pooling")
 
 
@@ -113,12 +117,59 @@ def test_zero_serves_models_without_tokens() -> None:
 @pytest.mark.parametrize("removal", ["zero", "drop"])
 def test_the_memory_budget_does_not_change_results(removal: Removal) -> None:
     made, images, present = backbone(), pictures(), coalitions()
-    ample, tight = CoalitionEvaluator(made, removal), CoalitionEvaluator(made, removal, memory_mib=1)
-    tight.memory_bytes = 1  # one copy a pass
-    assert ample._copies_per_pass(16) > 21
-    assert tight._copies_per_pass(16) == 1
-    torch.testing.assert_close(tight(images, present), ample(images, present))
+    ample, tight = CoalitionEvaluator(made, removal), CoalitionEvaluator(made, removal)
+    calls = {id(ample): 0, id(tight): 0}
+    for evaluator in (ample, tight):
+        evaluate = evaluator.engine._pass
+
+        def counted(*given: Any, evaluate: Any = evaluate, owner: int = id(evaluator)) -> Tensor:
+            calls[owner] += 1
+            return evaluate(*given)  # type: ignore[no-any-return]
+
+        evaluator.engine._pass = counted  # type: ignore[method-assign]
+    expected = ample(images, present)
+    tight.engine.memory_bytes = 2**17
+    torch.testing.assert_close(tight(images, present), expected)
+    assert calls[id(ample)] < calls[id(tight)]
     torch.testing.assert_close(tight.full(images), ample.full(images))
+
+
+@pytest.mark.parametrize("removal", ["zero", "drop"])
+def test_live_tensors_stay_within_the_budget_and_use_it(removal: Removal) -> None:
+    evaluator, images = CoalitionEvaluator(backbone(), removal), pictures(8)
+    present = torch.rand(8, 200, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    evaluator(images, present)  # measures its needs
+    for budget in (2 * 2**20, 3 * 2**20, 4 * 2**20):
+        evaluator.engine.memory_bytes = budget
+        peak = peak_bytes(lambda: evaluator(images, present)) - 8 * 200 * 32 * 4
+        assert 0.5 * budget < peak < 1.1 * budget
+
+
+def test_a_budget_too_small_for_one_coalition_is_an_error() -> None:
+    made = load_backbone(VIT, "random")
+    present = torch.ones(1, 1, 14, 14, dtype=torch.bool)
+    for removal in ("zero", "drop"):
+        evaluator = CoalitionEvaluator(made, removal, memory_mib=1)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match=r"memory_mib: expected at least \d+ for one coalition of 197 tokens"):
+            evaluator(torch.zeros(1, 3, 224, 224), present)
+    made = load_backbone("resnet18", "random", patches_per_side=7)
+    with pytest.raises(ValueError, match=r"memory_mib: expected at least \d+ for one masked copy, got 1"):
+        CoalitionEvaluator(made, "zero", memory_mib=1)(torch.zeros(1, 3, 224, 224), present[..., :7, :7])
+
+
+@pytest.mark.parametrize("removal", ["zero", "drop"])
+def test_coarser_patches_are_blocks_of_the_models_own(removal: Removal) -> None:
+    fine, coarse = (load_backbone(VIT, "random", timm_args=SIZE, patches_per_side=side) for side in (4, 2))
+    coarse.model.load_state_dict(fine.model.state_dict())
+    present = torch.tensor([[[[True, False], [False, True]]] * 1] * 3)
+    spread = present.repeat_interleave(2, -1).repeat_interleave(2, -2)
+    found = CoalitionEvaluator(coarse, removal)(pictures(), present)
+    torch.testing.assert_close(found, CoalitionEvaluator(fine, removal)(pictures(), spread))
+    windows = WindowCoalitions(Windows(2, 0), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1, dtype=torch.bool))
+    torch.testing.assert_close(
+        CoalitionEvaluator(coarse, removal)(pictures(), windows),
+        CoalitionEvaluator(coarse, removal)(pictures(), windows.present()),
+    )
 
 
 @pytest.mark.parametrize("removal", ["zero", "drop"])
@@ -203,10 +254,13 @@ def test_drop_is_refused_where_a_stem_lets_patches_see_each_other() -> None:
         CoalitionEvaluator(made, "drop")
 
 
-def test_drop_is_refused_on_a_grid_that_is_not_the_models_own() -> None:
-    made = load_backbone(VIT, "random", timm_args=SIZE, patches_per_side=2)
-    with pytest.raises(ValueError, match="'drop' expected the model's own 4 x 4 patches, got a grid of 2"):
+def test_drop_is_refused_on_a_grid_that_does_not_divide_the_models_own() -> None:
+    made = load_backbone(VIT, "random", timm_args=SIZE, patches_per_side=8)
+    with pytest.raises(ValueError, match="a grid of 4 per side, which a grid of 8 does not divide"):
         CoalitionEvaluator(made, "drop")
+    images, present = pictures(1), torch.rand(1, 2, 8, 8) < 0.5
+    expected = made(zero_pixels(images.expand(2, -1, -1, -1), present[0]))
+    torch.testing.assert_close(CoalitionEvaluator(made, "zero")(images, present)[0], expected)
 
 
 def test_settings_that_do_not_exist_are_errors() -> None:
@@ -214,7 +268,7 @@ def test_settings_that_do_not_exist_are_errors() -> None:
     with pytest.raises(ValueError, match="removal: expected one of"):
         CoalitionEvaluator(made, "blur")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision: expected one of"):
-        CoalitionEvaluator(made, "drop", precision="float16")  # type: ignore[arg-type]
+        CoalitionEvaluator(made, "drop", precision="float8")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="memory_mib: expected at least 1, got 0"):
         CoalitionEvaluator(made, "drop", memory_mib=0)
 
@@ -222,10 +276,45 @@ def test_settings_that_do_not_exist_are_errors() -> None:
 @pytest.mark.parametrize("removal", ["zero", "drop"])
 def test_inputs_of_another_shape_are_errors(removal: Removal) -> None:
     evaluator = CoalitionEvaluator(backbone(), removal)
-    with pytest.raises(ValueError, match=r"coalitions: expected bool \[3, K, 4, 4\], got torch.float32"):
+    with pytest.raises(ValueError, match=r"coalitions: expected bool \[3, K, 4, 4\], got float32"):
         evaluator(pictures(), coalitions().float())
     with pytest.raises(ValueError, match=r"coalitions: expected bool \[3, K, 4, 4\]"):
         evaluator(pictures(), coalitions(2))
     for call in (lambda images: evaluator(images, coalitions(1)), evaluator.full):
         with pytest.raises(ValueError, match=r"images: expected \[B, 3, 32, 32\]"):
             call(torch.zeros(1, 3, 24, 24))
+    with pytest.raises(ValueError, match="coalitions: expected cpu, where the pictures are, got meta"):
+        evaluator(pictures(), coalitions().to("meta"))
+    with pytest.raises(ValueError, match="images: expected cpu, where the backbone is, got meta"):
+        evaluator(pictures().to("meta"), coalitions())
+    with pytest.raises(ValueError, match="or WindowCoalitions, got list"):
+        evaluator(pictures(), [[0]])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="image_index: expected 0 to 2, got 3"):
+        evaluator.ragged(pictures(), torch.tensor([0, 3]), coalitions()[0, :2])
+    nan = pictures()
+    nan[1, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="got NaN or infinity in picture 1"):
+        evaluator(nan, coalitions())
+
+
+def test_windows_that_do_not_fit_are_errors() -> None:
+    evaluator, centre = CoalitionEvaluator(backbone(), "drop"), torch.tensor([[0], [3], [16]])
+    kept = torch.ones(3, 1, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"centre: expected 0 to 15 \(p \* P \+ q\), got 16"):
+        evaluator(pictures(), WindowCoalitions(Windows(4, 1), centre, kept))
+    with pytest.raises(
+        ValueError, match=r"expected windows \[3, K\] on a grid \[4, 4\], got windows \[3, 1\] on a grid \[5"
+    ):
+        evaluator(pictures(), WindowCoalitions(Windows(5, 1), centre, kept))
+    with pytest.raises(ValueError, match=r"centre: expected a tensor of torch.int64, got torch.float32"):
+        WindowCoalitions(Windows(4, 1), centre.float(), kept)
+    with pytest.raises(ValueError, match=r"window coalitions: expected one sign a centre"):
+        WindowCoalitions(Windows(4, 1), centre, kept[:2])
+
+
+def test_a_backend_that_cannot_run_is_an_error_and_auto_says_why_it_chose() -> None:
+    made = backbone()
+    assert CoalitionEvaluator(made, "drop").choice == Choice("torch", AUTO_ON_A_CPU)
+    assert CoalitionEvaluator(made, "drop", backend="torch").choice == Choice("torch", "asked for")
+    with pytest.raises(ValueError, match=r"backend: expected one of \['auto', 'triton', 'torch'\], got 'cuda'"):
+        CoalitionEvaluator(made, "drop", backend="cuda")  # type: ignore[arg-type]

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from tve.coalitions import Windows
 from tve.meta_attribution import MetaAttribution
-from tve.transfer_rule import Output, Target, TransferRule, of_class, read, transfer, window_mean
+from tve.transfer_rule import Output, Target, TransferRule, class_maps, of_class, read, transfer, window_mean
 
 P, D, C = 5, 6, 3
 OUTPUTS: tuple[Output, ...] = ("logit", "probability", "log_probability")
@@ -300,3 +300,20 @@ def test_a_meta_attribution_of_a_radius_that_cannot_be_is_an_error() -> None:
         meta(radius=-1)
     with pytest.raises(ValueError, match=r"radius: expected a whole number \(int\), got 1\.5"):
         meta(radius=1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("mean", [True, False])
+def test_maps_of_one_class_are_those_of_all_read_there(output: Output, mean: bool) -> None:
+    rule, target = TransferRule(output, window_mean=mean, weight_kept=0.7, weight_removed=1.3), torch.tensor([2, 0])
+    for head in (linear_head(), nn.Linear(D, C, bias=False), nonlinear_head()):
+        torch.testing.assert_close(
+            class_maps(meta(), head, target, rule), of_class(transfer(meta(), head, rule), target)
+        )
+
+
+def test_a_class_or_head_that_does_not_fit_is_the_same_error_for_one_map() -> None:
+    with pytest.raises(ValueError, match=r"class: expected 0 to 2, got \[3, 3\]"):
+        class_maps(meta(), linear_head(), 3)
+    with pytest.raises(ValueError, match=f"head: expected a head on embeddings of width {D}"):
+        class_maps(meta(), nn.Linear(D + 1, C), 0)

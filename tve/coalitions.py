@@ -4,6 +4,7 @@ N_r(p, q) = {(i, j) : |i - p| <= r and |j - q| <= r}, clipped at the border (TVE
 Patches are indexed row-major: patch (p, q) of a P x P grid has index p * P + q, row first, in every tensor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -67,6 +68,73 @@ class Windows:
         return window_PPPP.reshape(self.num_coalitions, self.patches_per_side, self.patches_per_side)
 
 
+@dataclass(frozen=True, slots=True)
+class WindowCoalitions:
+    """Coalitions that are windows of one family, by their centres: no mask is built for them.
+
+    Both tensors have the same shape: [B, K] for K coalitions of each picture, [M] for any number of each.
+
+    Raises:
+        ValueError: tensors of another dtype, or of different shapes or devices.
+    """
+
+    windows: Windows
+    centre: Tensor  # int64, p * P + q
+    kept: Tensor  # bool; True: the window alone (g). False: all but the window (h)
+
+    def __post_init__(self) -> None:
+        for name, tensor, dtype in (("centre", self.centre, torch.int64), ("kept", self.kept, torch.bool)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != dtype:
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise ValueError(f"{name}: expected a tensor of {dtype}, got {got}")
+        if self.centre.shape != self.kept.shape or self.centre.device != self.kept.device:
+            raise ValueError(
+                f"window coalitions: expected one sign a centre on one device, got centres {list(self.centre.shape)} "
+                f"on {self.centre.device} and signs {list(self.kept.shape)} on {self.kept.device}"
+            )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.centre.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.centre.device
+
+    def __getitem__(self, index: Tensor) -> "WindowCoalitions":
+        return WindowCoalitions(self.windows, self.centre[index], self.kept[index])
+
+    def reshape(self, *shape: int) -> "WindowCoalitions":
+        return WindowCoalitions(self.windows, self.centre.reshape(*shape), self.kept.reshape(*shape))
+
+    def sizes(self) -> Tensor:
+        """Patches present in each coalition, int64 of this shape."""
+        patches, radius = self.windows.patches_per_side, self.windows.radius
+        row, column = self.centre // patches, self.centre % patches
+        height, width = (
+            (middle + radius).clamp(max=patches - 1) - (middle - radius).clamp(min=0) + 1 for middle in (row, column)
+        )
+        return torch.where(self.kept, height * width, self.windows.num_coalitions - height * width)
+
+    def present(self) -> Tensor:
+        """The masks bool [..., P, P], for what cannot do without them."""
+        inside = self.windows.kept_NPP(self.centre.device)[self.centre]
+        return inside == self.kept[..., None, None]
+
+
+# Coalitions of pictures: masks bool [..., P, P], True = present, or windows by their centres.
+Coalitions = Tensor | WindowCoalitions
+
+
+def coalition_pairs(family: CoalitionFamily, index_BM: Tensor) -> Coalitions:
+    """Of each picture the coalitions of these indices, then their complements: [B, 2 M] coalitions."""
+    if isinstance(family, Windows):
+        kept_BK = torch.ones_like(index_BM, dtype=torch.bool)
+        return WindowCoalitions(family, torch.cat([index_BM, index_BM], dim=1), torch.cat([kept_BK, ~kept_BK], dim=1))
+    kept_BMPP = family.kept_NPP(index_BM.device)[index_BM]
+    return torch.cat([kept_BMPP, ~kept_BMPP], dim=1)
+
+
 def random_halves(num_pictures: int, patches_per_side: int, generator: torch.Generator) -> Tensor:
     """Bool [B, P, P]: half of the patches (rounded down) of each picture, drawn uniformly by a CPU generator."""
     num_patches = patches_per_side**2
@@ -80,10 +148,45 @@ def require_whole(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a whole number (int), got {value!r}")
 
 
-def require_coalitions(present_BKPP: Tensor, batch_size: int, patches_per_side: int) -> None:
-    """Raises ValueError unless `present_BKPP` is bool [batch_size, K, P, P]."""
-    expected = f"bool [{batch_size}, K, {patches_per_side}, {patches_per_side}]"
-    shape = tuple(present_BKPP.shape)
-    fits = len(shape) == 4 and shape[0] == batch_size and shape[2:] == (patches_per_side, patches_per_side)
-    if present_BKPP.dtype != torch.bool or not fits:
-        raise ValueError(f"coalitions: expected {expected}, got {present_BKPP.dtype} {list(shape)}")
+def require_coalitions(
+    coalitions: Coalitions, leading: tuple[int | str, ...], patches_per_side: int, device: torch.device
+) -> None:
+    """Raises ValueError unless these are coalitions on a P x P grid and on the device of their pictures.
+
+    Args:
+        coalitions: masks [*leading, P, P] or windows of shape `leading`.
+        leading: the expected leading sizes; a string names one that is free.
+        patches_per_side: P.
+        device: where the pictures are.
+    """
+    grid = (patches_per_side, patches_per_side)
+    if isinstance(coalitions, WindowCoalitions):
+        kind, expected = "windows", f"windows {_sizes(leading)} on a grid {_sizes(grid)}"
+        shape, given = coalitions.shape, (*coalitions.shape, *(coalitions.windows.patches_per_side,) * 2)
+        shown = f"windows {_sizes(shape)} on a grid {_sizes(given[-2:])}"
+    elif isinstance(coalitions, Tensor):
+        kind, expected = str(coalitions.dtype).removeprefix("torch."), f"bool {_sizes((*leading, *grid))}"
+        given, shown = tuple(coalitions.shape), f"{kind} {_sizes(coalitions.shape)}"
+    else:
+        raise ValueError(
+            f"coalitions: expected bool {_sizes((*leading, *grid))} or WindowCoalitions, got "
+            f"{type(coalitions).__name__}"
+        )
+    wanted = (*leading, *grid)
+    fits = len(given) == len(wanted) and all(
+        isinstance(want, str) or got == want for got, want in zip(given, wanted, strict=True)
+    )
+    if kind not in ("bool", "windows") or not fits:
+        raise ValueError(f"coalitions: expected {expected}, got {shown}; True = present")
+    if coalitions.device != device:
+        raise ValueError(f"coalitions: expected {device}, where the pictures are, got {coalitions.device}; move them")
+    if isinstance(coalitions, WindowCoalitions) and coalitions.centre.numel():
+        low, high = (int(value) for value in coalitions.centre.aminmax())
+        if low < 0 or high >= patches_per_side**2:
+            raise ValueError(
+                f"centre: expected 0 to {patches_per_side**2 - 1} (p * P + q), got {low if low < 0 else high}"
+            )
+
+
+def _sizes(sizes: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"

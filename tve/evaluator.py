@@ -1,31 +1,30 @@
 """The one object that evaluates coalitions: embeddings G(x_S) of a picture x with only the patches S present.
 
-Everything in the project that needs a masked copy of a picture asks a `CoalitionEvaluator` for its embedding. Copies
-are split into passes that respect a memory budget, in an order that depends on the coalitions alone.
-
-`zero` masks pixels after normalisation. `drop` embeds each picture's patches once, gathers the tokens that each
-coalition keeps, and runs coalitions of equal length together as dense batches.
+Everything in the project that needs a masked copy of a picture asks a `CoalitionEvaluator` for its embedding. Plain
+vision transformers are evaluated on packed tokens (`tve.token_engine`), without masked copies; any other model, under
+`zero`, on masked copies (`tve.masked_copies`). Work is split into passes that respect a memory budget, in an order
+that depends on the coalitions alone.
 """
 
 import copy
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from tve.backbones import Backbone
-from tve.coalitions import require_coalitions
-from tve.removal import Removal, parse_removal, zero_pixels
+from tve.coalitions import Coalitions, require_coalitions
+from tve.kernels import Choice, Requested, choose
+from tve.masked_copies import MaskedCopies
+from tve.removal import Removal, parse_removal
+from tve.token_engine import Geometry, TokenEngine, obstacle, pools_prefix
 
-Precision = Literal["float32", "bfloat16"]
-
-# Live activations of one transformer block at inference, in multiples of the width: residual, norm, q, k, v, the
-# attention output and the MLP's hidden layer before and after its nonlinearity.
-WIDTHS_PER_TOKEN = 16
-# The widest maps of a convolutional or hierarchical model, in multiples of the picture's own size.
-MAPS_PER_PICTURE = 48
+Precision = Literal["float32", "bfloat16", "float16"]
+DTYPES: dict[Precision, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 class CoalitionEvaluator:
@@ -34,59 +33,89 @@ class CoalitionEvaluator:
     Args:
         backbone: the frozen encoder G.
         removal: "zero" or "drop".
-        memory_mib: budget for the activations of one pass, MiB.
+        memory_mib: budget for the live tensors of an evaluation, MiB; pictures and coalitions given, and embeddings
+            returned, are not counted.
         precision: the arithmetic of the passes; embeddings come back in float32 either way.
+        backend: "triton", "torch", or "auto", which takes Triton's kernels on a GPU; `choice` says which and why.
+        compiled: whether torch.compile fuses what lies between the kernels; the first pass then takes a minute.
 
     Raises:
-        ValueError: a setting that does not exist, or a backbone that cannot serve `drop`.
+        ValueError: a setting that does not exist, a backbone that cannot serve `drop`, "triton" where no kernel can
+            run, or `compiled` without Triton's kernels.
     """
 
     def __init__(
-        self, backbone: Backbone, removal: Removal, *, memory_mib: int = 512, precision: Precision = "float32"
+        self,
+        backbone: Backbone,
+        removal: Removal,
+        *,
+        memory_mib: int = 512,
+        precision: Precision = "float32",
+        backend: Requested = "auto",
+        compiled: bool = False,
     ) -> None:
         if parse_removal(removal) == "drop":
             require_droppable(backbone)
-        if precision not in get_args(Precision):
-            raise ValueError(f"precision: expected one of {list(get_args(Precision))}, got {precision!r}")
+        if precision not in DTYPES:
+            raise ValueError(f"precision: expected one of {list(DTYPES)}, got {precision!r}")
         if memory_mib < 1:
             raise ValueError(f"memory_mib: expected at least 1, got {memory_mib}")
         self.backbone = backbone
         self.removal = removal
-        self.memory_bytes = memory_mib * 2**20
-        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
-        model = backbone.model
-        self.model: nn.Module = model if self.dtype == torch.float32 else copy.deepcopy(model).to(self.dtype)
+        self.choice: Choice = choose(backend, next(backbone.model.parameters()).device)
+        own = _in_dtype(backbone, DTYPES[precision])
+        memory_bytes = memory_mib * 2**20
+        self.engine: TokenEngine | MaskedCopies
+        if reason := obstacle(own.model, backbone.image_size, backbone.patches_per_side):
+            if compiled:
+                raise ValueError(f"compiled: expected a plain vision transformer, got {backbone.config.name}: {reason}")
+            self.engine = MaskedCopies(own, memory_bytes)
+        else:
+            geometry = Geometry(backbone.image_size, backbone.patches_per_side, backbone.embed_dim)
+            self.engine = TokenEngine(
+                own.model, removal, geometry, memory_bytes, self.choice.backend, compiled=compiled
+            )
 
     @torch.no_grad()
-    def __call__(self, images_B3SS: Tensor, present_BKPP: Tensor) -> Tensor:
+    def __call__(self, images_B3SS: Tensor, coalitions: Coalitions) -> Tensor:
         """Embeddings [B, K, D], float32, of K coalitions of each picture.
 
         Args:
             images_B3SS: normalised pictures.
-            present_BKPP: bool, True where a patch is present.
+            coalitions: masks bool [B, K, P, P], True where a patch is present, or windows of shape [B, K].
 
         Raises:
-            ValueError: wrong shapes or dtype, pixels that are not finite, or an empty coalition that the backbone
-                cannot embed.
+            ValueError: wrong shapes, dtype or device, pixels that are not finite, an empty coalition that the
+                backbone cannot embed, or a memory budget too small for one coalition.
         """
-        self.backbone.require_images(images_B3SS)
+        self._require_images(images_B3SS)
         batch_size, patches = len(images_B3SS), self.backbone.patches_per_side
-        require_coalitions(present_BKPP, batch_size, patches)
-        num_coalitions = present_BKPP.shape[1]
-        image_index_M = torch.arange(batch_size, device=images_B3SS.device).repeat_interleave(num_coalitions)
-        embeddings_MD = self.ragged(images_B3SS, image_index_M, present_BKPP.reshape(-1, patches, patches))
+        require_coalitions(coalitions, (batch_size, "K"), patches, images_B3SS.device)
+        num_coalitions = coalitions.shape[1]
+        image_M = torch.arange(batch_size, device=images_B3SS.device).repeat_interleave(num_coalitions)
+        rows = (batch_size * num_coalitions, *coalitions.shape[2:])
+        embeddings_MD = self.engine.evaluate(images_B3SS, image_M, coalitions.reshape(*rows))
         return embeddings_MD.reshape(batch_size, num_coalitions, self.backbone.embed_dim)
 
     @torch.no_grad()
-    def ragged(self, images_B3SS: Tensor, image_index_M: Tensor, present_MPP: Tensor) -> Tensor:
-        """Embeddings [M, D] of M coalitions, coalition m of picture `image_index_M[m]`: any number per picture."""
-        self.backbone.require_images(images_B3SS)
-        patches = self.backbone.patches_per_side
-        require_coalitions(present_MPP[:, None], len(image_index_M), patches)
-        images = images_B3SS.to(self.dtype)
-        if self.removal == "zero":
-            return self._zero(images, image_index_M, present_MPP)
-        return self._drop(images, image_index_M, present_MPP.flatten(1))
+    def ragged(self, images_B3SS: Tensor, image_index_M: Tensor, coalitions: Coalitions) -> Tensor:
+        """Embeddings [M, D] of M coalitions, coalition m of picture `image_index_M[m]`: any number per picture.
+
+        Args:
+            images_B3SS: normalised pictures.
+            image_index_M: int64, 0 to B - 1.
+            coalitions: masks bool [M, P, P] or windows of shape [M].
+
+        Raises:
+            ValueError: as a call does, and an index of no picture.
+        """
+        self._require_images(images_B3SS)
+        require_coalitions(coalitions, (len(image_index_M),), self.backbone.patches_per_side, images_B3SS.device)
+        if len(image_index_M):
+            low, high = (int(value) for value in image_index_M.aminmax())
+            if low < 0 or high >= len(images_B3SS):
+                raise ValueError(f"image_index: expected 0 to {len(images_B3SS) - 1}, got {low if low < 0 else high}")
+        return self.engine.evaluate(images_B3SS, image_index_M, coalitions)
 
     @torch.no_grad()
     def full(self, images_B3SS: Tensor) -> Tensor:
@@ -95,93 +124,42 @@ class CoalitionEvaluator:
         Raises:
             ValueError: images of another form than [B, 3, S, S].
         """
-        self.backbone.require_images(images_B3SS)
-        images = images_B3SS.to(self.dtype)
-        passes = images.split(self._copies_per_pass(self.backbone.patches_per_side**2))
-        return torch.cat([self._pool(self.model.forward_features(chunk)) for chunk in passes])  # type: ignore[operator]
+        patches = self.backbone.patches_per_side
+        everything = torch.ones(len(images_B3SS), 1, patches, patches, dtype=torch.bool, device=images_B3SS.device)
+        return self(images_B3SS, everything)[:, 0]
 
     @torch.no_grad()
     def empty(self) -> Tensor:
         """The embedding [D] of a picture with every patch removed, G(∅): the zero of the attribution scale.
 
-        Without a class token `drop` leaves nothing to embed; the all-zero picture then stands for the empty one.
+        Without a token besides the patches `drop` leaves nothing to embed; the all-zero picture then stands for it.
         """
         patches, size = self.backbone.patches_per_side, self.backbone.image_size
-        device = next(self.model.parameters()).device
+        device = next(self.backbone.model.parameters()).device
         images = torch.zeros(1, 3, size, size, device=device)
-        if self.removal == "drop" and not _embeds_nothing(self.model):
+        if self.removal == "drop" and not pools_prefix(self.backbone.model):
             return self.full(images)[0]
         return self(images, torch.zeros(1, 1, patches, patches, dtype=torch.bool, device=device))[0, 0]
 
-    def _zero(self, images: Tensor, image_index_M: Tensor, present_MPP: Tensor) -> Tensor:
-        step = self._copies_per_pass(self.backbone.patches_per_side**2)
-        rows = []
-        for index, present in zip(image_index_M.split(step), present_MPP.split(step), strict=True):
-            masked = zero_pixels(images[index], present)
-            rows.append(self._pool(self.model.forward_features(masked)))  # type: ignore[operator]
-        return torch.cat(rows) if rows else images.new_empty(0, self.backbone.embed_dim, dtype=torch.float32)
-
-    def _drop(self, images: Tensor, image_index_M: Tensor, present_MN: Tensor) -> Tensor:
-        model = self.model
-        num_prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-        tokens = model._pos_embed(model.patch_embed(images))  # type: ignore[operator]
-        prefix, patches = tokens[:, :num_prefix], tokens[:, num_prefix:]
-        lengths_M = present_MN.sum(1)
-        lengths = [int(length) for length in lengths_M.unique(sorted=True)]
-        if lengths and lengths[0] == 0 and not _embeds_nothing(model):
-            raise ValueError(
-                f"coalitions: expected at least one patch, since {self.backbone.config.name} pools patch tokens; "
-                "got an empty coalition; use removal 'zero'"
-            )
-        embeddings_MD = images.new_empty(len(present_MN), self.backbone.embed_dim, dtype=torch.float32)
-        for length in lengths:
-            group = (lengths_M == length).nonzero()[:, 0]
-            for rows in group.split(self._copies_per_pass(length)):
-                kept = present_MN[rows].nonzero()[:, 1].reshape(len(rows), length)
-                image = image_index_M[rows]
-                sequence = torch.cat([prefix[image], patches[image[:, None], kept]], dim=1)
-                sequence = model.norm(model.blocks(model.norm_pre(sequence)))  # type: ignore[operator]
-                embeddings_MD[rows] = self._pool(sequence)
-        return embeddings_MD
-
-    def _pool(self, features: Tensor) -> Tensor:
-        embedding: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
-        return embedding.float()
-
-    def _copies_per_pass(self, num_kept: int) -> int:
-        if isinstance(self.model, VisionTransformer):
-            tokens = num_kept + int(self.model.num_prefix_tokens)
-            elements = tokens * int(self.model.embed_dim) * WIDTHS_PER_TOKEN
-        else:
-            elements = 3 * self.backbone.image_size**2 * MAPS_PER_PICTURE
-        itemsize = torch.empty((), dtype=self.dtype).element_size()
-        return max(1, self.memory_bytes // (elements * itemsize))
+    def _require_images(self, images_B3SS: Tensor) -> None:
+        device = next(self.backbone.model.parameters()).device
+        if isinstance(images_B3SS, Tensor) and images_B3SS.device != device:
+            raise ValueError(f"images: expected {device}, where the backbone is, got {images_B3SS.device}; move them")
+        self.backbone.require_images(images_B3SS)
 
 
 def require_droppable(backbone: Backbone) -> None:
-    """Raises ValueError unless tokens of the backbone's model can be left out: plain timm vision transformers.
-
-    A convolutional stem (timm's hybrids) is refused: its tokens see the pixels of removed neighbours.
-    """
+    """Raises ValueError unless tokens of the backbone's model can be left out: plain timm vision transformers."""
     model = backbone.model
-    if (
-        not isinstance(model, VisionTransformer)
-        or model.pos_embed is None
-        or not isinstance(model.patch_embed, PatchEmbed)
-    ):
+    if reason := obstacle(model, backbone.image_size, backbone.patches_per_side):
         raise ValueError(
-            f"removal: expected 'zero' for {backbone.config.name} ({type(model).__name__}), got 'drop', which needs a "
-            "plain vision transformer with absolute positions and linear patches"
-        )
-    grid = model.patch_embed.grid_size
-    assert grid is not None
-    if tuple(grid) != (backbone.patches_per_side, backbone.patches_per_side):
-        raise ValueError(
-            f"removal: 'drop' expected the model's own {grid[0]} x {grid[1]} patches, got a grid of "
-            f"{backbone.patches_per_side} per side; use 'zero'"
+            f"removal: expected 'zero' for {backbone.config.name} ({type(model).__name__}), got 'drop': {reason}"
         )
 
 
-def _embeds_nothing(model: nn.Module) -> bool:
-    """Whether an empty coalition has an embedding: the model pools a class token."""
-    return getattr(model, "global_pool", None) == "token" and int(getattr(model, "num_prefix_tokens", 0)) > 0
+def _in_dtype(backbone: Backbone, dtype: torch.dtype) -> Backbone:
+    if next(backbone.model.parameters()).dtype == dtype:
+        return backbone
+    rounded = copy.deepcopy(backbone)
+    rounded.model.to(dtype)
+    return rounded

@@ -21,7 +21,7 @@ from tve.backbones import Backbone, misfits
 from tve.coalitions import Windows, require_whole
 from tve.meta_attribution import MetaAttribution
 from tve.removal import Removal, parse_removal
-from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, of_class, transfer
+from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, class_maps, require_head, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 
 
@@ -100,8 +100,8 @@ class Explainer(nn.Module):
                 than [B, 3, S, S].
         """
         meta = self(images_B3SS)
-        maps_BCPP = transfer(meta, head, rule)
-        return of_class(maps_BCPP, head(meta.full_BD).argmax(-1) if target is None else target)
+        require_head(head, meta.full_BD)
+        return class_maps(meta, head, head(meta.full_BD).argmax(-1) if target is None else target, rule)
 
     @torch.no_grad()
     def explain_all(self, images_B3SS: Tensor, head: Head, rule: TransferRule = DEFAULT_RULE) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tve.coalitions import CoalitionFamily, require_whole
+from tve.coalitions import CoalitionFamily, coalition_pairs, require_whole
 from tve.evaluator import CoalitionEvaluator
 
 
@@ -50,9 +50,8 @@ def exact_windows(
         ValueError: images of another form than [B, 3, S, S], or a grid that is not the backbone's.
     """
     evaluator.backbone.require_images(images_B3SS)
-    kept_NPP = family.kept_NPP(images_B3SS.device)
-    both = torch.cat([kept_NPP, ~kept_NPP]).expand(len(images_B3SS), -1, -1, -1)
-    kept_BND, removed_BND = evaluator(images_B3SS, both).chunk(2, dim=1)
+    every_BN = torch.arange(family.num_coalitions, device=images_B3SS.device).expand(len(images_B3SS), -1)
+    kept_BND, removed_BND = evaluator(images_B3SS, coalition_pairs(family, every_BN)).chunk(2, dim=1)
     full_BD = evaluator.full(images_B3SS)
     empty_D = evaluator.empty() if empty_D is None else empty_D
     return MetaAttribution(kept_BND, removed_BND, full_BD, empty_D, family.radius)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tve.kernels import choose, window_loss
 from tve.meta_attribution import MetaAttribution
 
 
@@ -60,9 +61,12 @@ def draw_centres(batch_size: int, num_windows: int, centres_per_image: int, gene
 
 def regression_loss(predicted: MetaAttribution, targets: WindowTargets, scale: TargetScale) -> tuple[Tensor, Tensor]:
     """The two scaled losses (kept, removed), scalars; their sum is minimised."""
-    kept = _at(predicted.kept_BND, targets.centre_BM) - targets.kept_BMD
-    removed = _at(predicted.removed_BND, targets.centre_BM) - targets.removed_BMD
-    return (kept @ scale.kept_DD).square().mean(), (removed @ scale.removed_DD).square().mean()
+    backend = choose("auto", predicted.kept_BND.device).backend
+    kept = window_loss(predicted.kept_BND, targets.kept_BMD, targets.centre_BM, scale.kept_DD, backend=backend)
+    removed = window_loss(
+        predicted.removed_BND, targets.removed_BMD, targets.centre_BM, scale.removed_DD, backend=backend
+    )
+    return kept, removed
 
 
 def target_scale(exact: MetaAttribution, whitening_floor: float | None = None) -> TargetScale:
@@ -102,10 +106,6 @@ def trivial_answers(exact: MetaAttribution, mean_kept_D: Tensor) -> MetaAttribut
         exact.empty_D,
         exact.radius,
     )
-
-
-def _at(values_BND: Tensor, centre_BM: Tensor) -> Tensor:
-    return values_BND.gather(1, centre_BM[..., None].expand(-1, -1, values_BND.shape[-1]))
 
 
 def _centred(values_BND: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tve.coalitions import coalition_pairs
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
 from tve.meta_attribution import MetaAttribution, exact_windows
@@ -194,9 +195,7 @@ def _step(
 
 
 def _targets(evaluator: CoalitionEvaluator, explainer: Explainer, images: Tensor, centre_BM: Tensor) -> WindowTargets:
-    kept_BMPP = explainer.family.kept_NPP(images.device)[centre_BM]
-    embeddings = evaluator(images, torch.cat([kept_BMPP, ~kept_BMPP], dim=1))
-    kept_BMD, removed_BMD = embeddings.chunk(2, dim=1)
+    kept_BMD, removed_BMD = evaluator(images, coalition_pairs(explainer.family, centre_BM)).chunk(2, dim=1)
     return WindowTargets(centre_BM, kept_BMD, removed_BMD)
 
 

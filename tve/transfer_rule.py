@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from tve.kernels import choose, transfer_map
 from tve.meta_attribution import MetaAttribution
 
 Output = Literal["logit", "probability", "log_probability"]
@@ -69,6 +70,45 @@ def transfer(meta: MetaAttribution, head: Head, rule: TransferRule = DEFAULT_RUL
     return window_mean(u_BCPP, meta.radius) if rule.window_mean else u_BCPP
 
 
+@torch.no_grad()
+def class_maps(meta: MetaAttribution, head: Head, target: Target, rule: TransferRule = DEFAULT_RULE) -> Tensor:
+    """Attribution maps [B, P, P] of one class a picture: `transfer`, read at that class.
+
+    Of a linear head only what these classes need is computed; the maps of all classes never exist.
+
+    Args:
+        meta: exact or predicted.
+        head: as `transfer` takes it.
+        target: one class for all pictures, or one a picture.
+        rule: output, window mean, weights.
+
+    Raises:
+        ValueError: as `transfer` and `of_class` do.
+    """
+    # A subclass of nn.Linear may compute anything, a head in another dtype rounds as it will.
+    if type(head) is not nn.Linear or head.weight.dtype != meta.full_BD.dtype:
+        return of_class(transfer(meta, head, rule), target)
+    require_head(head, meta.full_BD)
+    target_B = _require_classes(target, len(meta.full_BD), head.out_features).to(meta.full_BD.device)
+    maps_B1PP = transfer_map(
+        meta.kept_BND,
+        meta.removed_BND,
+        meta.full_BD,
+        meta.empty_D,
+        head.weight,
+        head.bias,
+        target_B[:, None],
+        patches_per_side=round(meta.kept_BND.shape[1] ** 0.5),
+        radius=meta.radius,
+        output=rule.output,
+        weight_kept=rule.weight_kept,
+        weight_removed=rule.weight_removed,
+        window_mean=rule.window_mean,
+        backend=choose("auto", meta.full_BD.device).backend,
+    )
+    return maps_B1PP[:, 0]
+
+
 def window_mean(u_BCPP: Tensor, radius: int) -> Tensor:
     """The mean of u over the windows that contain each patch: over N_r(p, q), clipped at the border."""
     return nn.functional.avg_pool2d(u_BCPP, 2 * radius + 1, stride=1, padding=radius, count_include_pad=False)
@@ -90,10 +130,15 @@ def of_class(maps_BCPP: Tensor, target: Target) -> Tensor:
         ValueError: a target that is no class index, a class that the head does not have, or not one class per picture.
     """
     batch_size, num_classes = maps_BCPP.shape[:2]
-    target_B = class_of_each(target, batch_size).to(maps_BCPP.device)
+    target_B = _require_classes(target, batch_size, num_classes).to(maps_BCPP.device)
+    return maps_BCPP[torch.arange(batch_size, device=maps_BCPP.device), target_B]
+
+
+def _require_classes(target: Target, batch_size: int, num_classes: int) -> Tensor:
+    target_B = class_of_each(target, batch_size)
     if len(target_B) and not bool(((target_B >= 0) & (target_B < num_classes)).all()):
         raise ValueError(f"class: expected 0 to {num_classes - 1}, got {target_B.tolist()}")
-    return maps_BCPP[torch.arange(batch_size, device=maps_BCPP.device), target_B]
+    return target_B
 
 
 def class_of_each(target: Target, batch_size: int) -> Tensor:

@@ -40,7 +40,7 @@ from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.removal import Removal
 from tve.samples import Sample, decode_image
 from tve.shards import Shards
-from tve.transfer_rule import Output, TransferRule, of_class, transfer
+from tve.transfer_rule import Output, TransferRule, class_maps
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_results import BatchResults, EvaluationWriter, Facts
 from tve_pipeline.outputs import whole_folder
@@ -189,12 +189,12 @@ def method_maps(
     own_head = explainer.backbone.classifier()
     if own_head is not None:
         rule = rules["" if params.window_mean else "_u"]
-        shared["tve_hg"] = of_class(transfer(predicted, own_head, rule), own_head(exact.full_BD).argmax(-1))
+        shared["tve_hg"] = class_maps(predicted, own_head, own_head(exact.full_BD).argmax(-1), rule)
     maps = {}
     for task, head in heads.items():
         for method, meta in (("tve", predicted), ("exact_windows", exact)):
             for suffix, rule in rules.items():
-                maps[task, method + suffix] = of_class(transfer(meta, head.head, rule), target[task])
+                maps[task, method + suffix] = class_maps(meta, head.head, target[task], rule)
         maps |= {(task, method): map_BPP for method, map_BPP in shared.items()}
     return maps
 

@@ -14,10 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 # A package's modules may import this package and those above it.
-PACKAGES = {"tve": Path("tve"), "tve_pipeline": Path("pipeline/tve_pipeline")}
+PACKAGES = {
+    "tve_kernels": Path("kernels/tve_kernels"),
+    "tve": Path("tve"),
+    "tve_pipeline": Path("pipeline/tve_pipeline"),
+}
 DVC_FILE = ROOT / "dvc.yaml"
 STAGE = re.compile(r"  (\w+):")
-CODE = re.compile(r"      - ((?:tve|pipeline)/\S+)")
+CODE = re.compile(r"      - ((?:kernels|pipeline|tve)/\S+)")
 
 
 def main(argv: list[str]) -> None:

@@ -1,0 +1,64 @@
+"""Where the sequences of a ragged batch lie: M sequences of different lengths in R rows, one after the other.
+
+The letters of this package: B pictures, M sequences, R packed rows, N patches of a picture, T = tokens of a picture
+(prefix and patches), D width, H heads, W head width, C classes.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive sequences of one length."""
+
+    num_sequences: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """The layout of a ragged batch, for kernels (tensors on the device) and for dense loops (runs on the host)."""
+
+    offsets_M1: Tensor  # int32 [M + 1]: sequence m has rows offsets[m] to offsets[m + 1]
+    sequence_R: Tensor  # int32 [R]: the sequence of each row
+    runs: tuple[Run, ...]
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> "Ragged":
+        """The layout of sequences of these lengths, in this order.
+
+        Raises:
+            ValueError: a sequence without rows.
+        """
+        if lengths and min(lengths) < 1:
+            raise ValueError(f"lengths: expected at least 1 row a sequence, got {min(lengths)}; leave it out")
+        lengths_M = torch.tensor(lengths, dtype=torch.int64)
+        offsets_M1 = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        offsets_M1[1:] = lengths_M.cumsum(0)
+        sequence_R = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths_M)
+        runs = tuple(Run(len(list(same)), length) for length, same in groupby(lengths))
+        return cls(offsets_M1.to(device), sequence_R.to(device), runs)
+
+    # Of the tensors, not of the runs: a compiled program then serves other lengths too.
+
+    @property
+    def num_sequences(self) -> int:
+        return self.offsets_M1.shape[0] - 1
+
+    @property
+    def num_rows(self) -> int:
+        return self.sequence_R.shape[0]
+
+    def dense(self, *rows: Tensor) -> Iterator[tuple[Run, slice, tuple[Tensor, ...]]]:
+        """Each run, its sequences, and of each tensor [R, ...] its rows of the run as [sequences, length, ...]."""
+        first_row = first_sequence = 0
+        for run in self.runs:
+            here = slice(first_row, first_row + run.num_sequences * run.length)
+            parts = tuple(tensor[here].unflatten(0, (run.num_sequences, run.length)) for tensor in rows)
+            yield run, slice(first_sequence, first_sequence + run.num_sequences), parts
+            first_row, first_sequence = here.stop, first_sequence + run.num_sequences

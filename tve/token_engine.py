@@ -1,0 +1,433 @@
+"""Coalitions of a plain vision transformer, without masked copies of the picture.
+
+Once per picture: patches, positions, and the first block's norm, queries, keys and values (its token bank). Once per
+coalition: the bank's rows of the tokens that are there, packed with those of other coalitions into one matrix [R, D];
+then the blocks, of which the last computes only what the pooling reads.
+
+`drop`  a sequence holds the prefix and the patches that are present.
+`zero`  a sequence holds all tokens, with a blank patch's row where one is absent: what the stem makes of zero pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from timm.layers.attention_pool import AttentionPoolLatent
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from tve.coalitions import Coalitions, WindowCoalitions
+from tve.kernels import Backend, Ragged, bit_words, pack_masks, pack_windows, pooled_attention
+from tve.memory import MemoryNeed, need_of, peak_bytes
+from tve.removal import Removal
+from tve.vit_blocks import HeadRows, PreNormBlock, RowsAlone, WholeBlock, add_and_norm, read_blocks
+
+# On a CPU a pass is faster when its activations stay in the caches, and when no tensor is so large that the allocator
+# hands its pages back (measured, docs/experiments.md): live bytes of one pass, and of the token bank.
+CPU_PASS_BYTES = 8 * 2**20
+CPU_BANK_BYTES = 16 * 2**20
+PROBE_ROWS = 2048
+# The share of a memory budget that the token bank may take while it is made.
+BANK_SHARE = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBank:
+    """Rows of every token of some pictures, on which passes draw."""
+
+    rows_BTV: Tensor  # the token, and where the first block is read apart its q, k, v (and norm, for a gate)
+    absent_NV: Tensor | None  # the same for a blank patch, under `zero`
+    rope: tuple[Tensor, ...]  # rotary tables [T, heads or 1, 2 W]: none, one, or one a block
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes that a model alone does not tell."""
+
+    image_size: int  # pixels
+    patches_per_side: int  # of the coalitions
+    embed_dim: int
+
+
+class TokenEngine:
+    """Evaluates coalitions of one model under one removal operator, on packed tokens.
+
+    Args:
+        model: a plain vision transformer, in evaluation mode, in the dtype of the passes.
+        removal: "zero" or "drop".
+        geometry: of the pictures and coalitions.
+        memory_bytes: for the live tensors of an evaluation; pictures given and embeddings returned are not counted.
+        backend: who runs the ops.
+        compiled: whether torch.compile makes one program of the blocks, around the kernels.
+
+    Raises:
+        ValueError: `compiled` where a block is not read apart, or with PyTorch's ops, which loop over lengths.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        removal: Removal,
+        geometry: Geometry,
+        memory_bytes: int,
+        backend: Backend,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        assert isinstance(model, VisionTransformer | Eva)
+        self.model: Any = model
+        self.removal = removal
+        self.geometry = geometry
+        self.backend = backend
+        self.memory_bytes = memory_bytes
+        self.num_prefix = int(model.num_prefix_tokens)
+        self.grid = geometry.image_size // int(model.patch_embed.patch_size[0])
+        self.num_patches = self.grid**2
+        self.cells = self.grid // geometry.patches_per_side  # tokens per side of one patch of a coalition
+        self.blocks = read_blocks(model.blocks, self.num_prefix)
+        self.num_pooled = _pooled_tokens(model)
+        self._pass_need: MemoryNeed | None = None
+        self._bank_need: MemoryNeed | None = None
+        self._run = self._blocks
+        if compiled:
+            self._require_compilable()
+            self._program = torch.compile(self._blocks, dynamic=True, fullgraph=True)
+            self._run = self._run_compiled
+
+    def _require_compilable(self) -> None:
+        whole = next((block.block for block in self.blocks if isinstance(block, WholeBlock)), None)
+        if self.backend != "triton" or whole is not None:
+            got = f"the backend {self.backend!r}" if whole is None else f"blocks of {type(whole).__name__}"
+            raise ValueError(
+                f"compiled: expected Triton's kernels and blocks that are read apart, got {got}; leave compiled False"
+            )
+
+    @property
+    def _parameter(self) -> Tensor:
+        parameter: Tensor = next(self.model.parameters())
+        return parameter
+
+    def evaluate(self, images_B3SS: Tensor, image_M: Tensor, coalitions: Coalitions) -> Tensor:
+        """Embeddings [M, D], float32, of coalition m of picture image_M[m].
+
+        Raises:
+            ValueError: a memory budget too small for one coalition, or an empty coalition without a token to pool.
+        """
+        coalitions, sizes_M = self._on_own_grid(coalitions)
+        if self.removal == "drop" and not pools_prefix(self.model) and bool((sizes_M == 0).any()):
+            raise ValueError(
+                "coalitions: expected at least one patch, since the model pools patch tokens; got an empty "
+                "coalition; use removal 'zero'"
+            )
+        tokens_M = sizes_M if self.removal == "drop" else torch.full_like(sizes_M, self.num_patches)
+        device = images_B3SS.device
+        lengths_M, picture_M = (tokens_M + self.num_prefix).cpu(), image_M.cpu()
+        embeddings_MD = torch.empty(len(image_M), self.geometry.embed_dim, dtype=torch.float32, device=device)
+        if not len(image_M):
+            return embeddings_MD
+        for group in self._picture_groups(picture_M.unique()):
+            bank = self._bank(images_B3SS[group.to(device)])
+            place_of = torch.full((len(images_B3SS),), -1)
+            place_of[group] = torch.arange(len(group))
+            mine = (place_of[picture_M] >= 0).nonzero()[:, 0]
+            mine = mine[lengths_M[mine].argsort(stable=True)]
+            lengths = lengths_M[mine].tolist()
+            for first, last in pairwise(self._pass_bounds(lengths, bank)):
+                chosen = mine[first:last]
+                layout = Ragged.of(lengths[first:last], device)
+                place = place_of[picture_M[chosen]].int().to(device)
+                chosen = chosen.to(device)
+                embeddings_MD[chosen] = self._pass(bank, place, coalitions[chosen], layout)
+        return embeddings_MD
+
+    # What is done once per picture.
+
+    def _bank(self, images_B3SS: Tensor) -> TokenBank:
+        model = self.model
+        images_B3SS = images_B3SS.to(self._parameter.dtype)
+        if self.removal == "zero":  # behind the pictures a blank one, whose patches stand for absent ones
+            images_B3SS = torch.cat([images_B3SS, torch.zeros_like(images_B3SS[:1])])
+        tokens_BTD, rope = self._embedded(images_B3SS)
+        if model.num_prefix_tokens and rope is not None:
+            rope = tuple(_with_prefix(table, self.num_prefix) for table in rope)
+        tables = rope or ()
+        first_rope = tables[0] if tables else None
+        rows_BTV = self._first_rows(tokens_BTD, first_rope)
+        if self.removal == "drop":
+            return TokenBank(rows_BTV, None, tables)
+        return TokenBank(rows_BTV[:-1], rows_BTV[-1, self.num_prefix :], tables)
+
+    def _embedded(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        model = self.model
+        embedded = model._pos_embed(model.patch_embed(images_B3SS))
+        tokens_BTD, table = embedded if isinstance(embedded, tuple) else (embedded, None)
+        if table is None:
+            return model.norm_pre(tokens_BTD), None
+        tables = tuple(table) if getattr(model, "rope_mixed", False) else (table,)
+        # [N, 2 W], or with an axis of heads [H, N, 2 W], to rows of tokens.
+        return model.norm_pre(tokens_BTD), tuple(
+            each[:, None] if each.ndim == 2 else each.transpose(0, 1) for each in tables
+        )
+
+    def _first_rows(self, tokens_BTD: Tensor, rope_THW: Tensor | None) -> Tensor:
+        first = self.blocks[0]
+        if isinstance(first, WholeBlock):
+            return tokens_BTD
+        batch, num_tokens, _ = tokens_BTD.shape
+        rows_RD = tokens_BTD.flatten(0, 1)
+        normed_RD = first.norm1(rows_RD)
+        rope_RHW = None if rope_THW is None else rope_THW.repeat(batch, 1, 1)
+        heads = first.query_key_value(normed_RD, rope_RHW)
+        columns = [rows_RD, *(part.flatten(1) for part in heads)]
+        if getattr(first.attention, "gate", None) is not None:
+            columns.append(normed_RD)
+        return torch.cat(columns, -1).reshape(batch, num_tokens, -1)
+
+    # What is done once per coalition.
+
+    def _pass(self, bank: TokenBank, image_M: Tensor, coalitions: Coalitions, layout: Ragged) -> Tensor:
+        def packed(rows_BTV: Tensor, absent_NV: Tensor | None, image: Tensor) -> Tensor:
+            if isinstance(coalitions, WindowCoalitions):
+                return pack_windows(
+                    rows_BTV,
+                    absent_NV,
+                    image,
+                    coalitions.centre.int(),
+                    coalitions.kept,
+                    layout,
+                    num_prefix=self.num_prefix,
+                    patches_per_side=coalitions.windows.patches_per_side,
+                    radius=coalitions.windows.radius,
+                    backend=self.backend,
+                )
+            words = bit_words(coalitions.flatten(1))
+            return pack_masks(
+                rows_BTV, absent_NV, image, words, layout, num_prefix=self.num_prefix, backend=self.backend
+            )
+
+        ropes = []
+        for table in bank.rope:
+            # A token keeps its own position: the table is packed as the tokens are, as of one picture.
+            flat_1TV = table.flatten(1)[None]
+            absent = None if bank.absent_NV is None else flat_1TV[0, self.num_prefix :]
+            ropes.append(packed(flat_1TV, absent, torch.zeros_like(image_M)).unflatten(1, table.shape[1:]))
+        return self._pooled(self._run(packed(bank.rows_BTV, bank.absent_NV, image_M), ropes, layout), layout)
+
+    def _run_compiled(self, rows_RV: Tensor, ropes: Sequence[Tensor], layout: Ragged) -> Tensor:
+        # Without the runs, which are Python's and would make a new program for every set of lengths.
+        return self._program(rows_RV, ropes, Ragged(layout.offsets_M1, layout.sequence_R, ()))
+
+    def _blocks(self, rows_RV: Tensor, ropes: Sequence[Tensor], layout: Ragged) -> Tensor:
+        """Normed features of the tokens that are pooled, from the packed rows of the first block."""
+        x, ready = self._split(rows_RV)
+        del rows_RV
+        branch: Tensor | None = None
+        scale: Tensor | None = None
+        last = len(self.blocks) - 1
+        for number, block in enumerate(self.blocks):
+            rope = (ropes[number] if len(ropes) > 1 else ropes[0]) if ropes else None
+            if isinstance(block, WholeBlock):
+                x = _added(x, branch, scale)
+                branch = None
+                x = block(x, rope, layout)
+                continue
+            if number == last and self.num_pooled:
+                x, branch = self._last_block(block, x, branch, scale, ready, rope, layout)
+                scale = block.scale2_D
+                break
+            if ready is None:
+                x, normed = add_and_norm(x, branch, scale, block.norm1, self.backend)
+                heads = block.query_key_value(normed, rope)
+            else:
+                heads, normed = ready
+                ready = None
+            gathered = block.attend(heads, layout, self.backend)
+            del heads
+            branch = None  # what is not needed any more does not wait in memory for the widest moment
+            attended = block.attended(gathered, normed)
+            del gathered
+            x, normed = add_and_norm(x, attended, block.scale1_D, block.norm2, self.backend)
+            del attended
+            branch, scale = block.mlp(normed), block.scale2_D
+            del normed
+        return add_and_norm(x, branch, scale, self.model.norm, self.backend)[1]
+
+    def _split(self, rows_RV: Tensor) -> tuple[Tensor, tuple[HeadRows, Tensor] | None]:
+        """The tokens, and what the bank holds of the first block."""
+        first = self.blocks[0]
+        if isinstance(first, WholeBlock):
+            return rows_RV, None
+        width = int(self.model.embed_dim)
+        sizes = [width, *first.widths()]
+        x, q, k, v, *normed = rows_RV.split([*sizes, rows_RV.shape[1] - sum(sizes)], -1)
+        heads = HeadRows(*(part.unflatten(-1, (-1, first.head_width)) for part in (q, k, v)))
+        return x, (heads, normed[0] if normed else x)
+
+    def _last_block(
+        self,
+        block: PreNormBlock,
+        x_RD: Tensor,
+        branch_RD: Tensor | None,
+        scale_D: Tensor | None,
+        ready: tuple[HeadRows, Tensor] | None,
+        rope: Tensor | None,
+        layout: Ragged,
+    ) -> tuple[Tensor, Tensor]:
+        """The pooled tokens [M * Q, D] before and in the last branch: keys and values of all, queries of these."""
+        pooled_MQ = (layout.offsets_M1[:-1, None] + torch.arange(self.num_pooled, device=x_RD.device)).flatten()
+        if ready is None:
+            x_RD, normed_RD = add_and_norm(x_RD, branch_RD, scale_D, block.norm1, self.backend)
+            keys, values = block.key_value(normed_RD, rope)
+            x, normed = x_RD[pooled_MQ], normed_RD[pooled_MQ]
+            queries = block.query(normed)
+        else:
+            (queries_RHW, keys, values), normed_RD = ready
+            x, normed, queries = x_RD[pooled_MQ], normed_RD[pooled_MQ], queries_RHW[pooled_MQ]
+        queries_MQHW = queries.unflatten(0, (-1, self.num_pooled))
+        gathered_MQHW = pooled_attention(
+            queries_MQHW, *block.expand(keys, values), layout, scale=block.scale, backend=self.backend
+        )
+        attended = block.attended(gathered_MQHW.flatten(0, 1), normed)
+        x, normed = add_and_norm(x, attended, block.scale1_D, block.norm2, self.backend)
+        return x, block.mlp(normed)
+
+    def _pooled(self, normed: Tensor, layout: Ragged) -> Tensor:
+        model = self.model
+        if self.num_pooled and isinstance(self.blocks[-1], PreNormBlock):
+            groups = [normed.unflatten(0, (-1, self.num_pooled))]
+        else:
+            groups = [features for _, _, (features,) in layout.dense(normed)]
+        return torch.cat([model.forward_head(features, pre_logits=True) for features in groups]).float()
+
+    # How the work is split.
+
+    def _on_own_grid(self, coalitions: Coalitions) -> tuple[Coalitions, Tensor]:
+        """The coalitions on the model's own grid, and their numbers of patches."""
+        if self.cells > 1:
+            present = coalitions.present() if isinstance(coalitions, WindowCoalitions) else coalitions
+            coalitions = present.repeat_interleave(self.cells, -2).repeat_interleave(self.cells, -1)
+        if isinstance(coalitions, WindowCoalitions):
+            return coalitions, coalitions.sizes()
+        return coalitions, coalitions.flatten(1).sum(1)
+
+    def _picture_groups(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """Pictures whose token banks fit together."""
+        share = int(self.memory_bytes * BANK_SHARE)
+        if self._parameter.device.type == "cpu":
+            share = min(share, CPU_BANK_BYTES)
+        groups: tuple[Tensor, ...] = pictures.split(max(1, self.bank_need.units_within(share)))
+        return groups
+
+    def _pass_bounds(self, lengths: list[int], bank: TokenBank) -> list[int]:
+        """Where passes begin and end in sequences of these lengths, ascending."""
+        bank_bytes = sum(part.nbytes for part in (bank.rows_BTV, bank.absent_NV) if part is not None)
+        limit = self.pass_need.units_within(self.memory_bytes - bank_bytes)
+        if self._parameter.device.type == "cpu":
+            limit = min(limit, max(CPU_PASS_BYTES // self.pass_need.per_unit_bytes, lengths[-1]))
+        if limit < lengths[-1]:
+            needed = bank_bytes + self.pass_need.fixed_bytes + lengths[-1] * self.pass_need.per_unit_bytes
+            raise ValueError(
+                f"memory_mib: expected at least {-(-needed // 2**20)} for one coalition of {lengths[-1]} tokens, got "
+                f"{self.memory_bytes / 2**20:g}"
+            )
+        bounds, rows = [0], 0
+        for number, length in enumerate(lengths):
+            if rows + length > limit and rows:
+                bounds.append(number)
+                rows = 0
+            rows += length
+        return [*bounds, len(lengths)]
+
+    @property
+    def pass_need(self) -> MemoryNeed:
+        """Memory of a pass by its packed rows, measured on two blocks at the full length.
+
+        What the rows hold grows without bound, what attention needs besides (on a CPU, scores of some sequences at a
+        time) does not: the first is measured with the attention left out, the second is what is missing then.
+        """
+        if self._pass_need is None:
+            length, device = self.num_prefix + self.num_patches, self._parameter.device
+            count = max(1, PROBE_ROWS // length)
+            bank = self._bank(self._pictures(1))
+
+            # Kernels in Triton's interpreter would take minutes; live tensors are the same.
+            backend: Backend = "torch" if device.type == "cpu" else self.backend
+
+            def passed(blocks: Sequence[PreNormBlock | WholeBlock], count: int) -> Tensor:
+                engine = TokenEngine(self.model, self.removal, self.geometry, self.memory_bytes, backend)
+                engine.blocks = list(blocks)
+                everything = torch.ones(count, self.grid, self.grid, dtype=torch.bool, device=device)
+                image = torch.zeros(count, dtype=torch.int32, device=device)
+                return engine._pass(bank, image, everything, Ragged.of([length] * count, device))
+
+            ends = [self.blocks[0], self.blocks[-1]]
+            rows_alone = [RowsAlone(block.block) if isinstance(block, PreNormBlock) else block for block in ends]
+            rows = need_of(lambda count: passed(rows_alone, count), few=count, units_each=length)
+            whole_bytes = peak_bytes(lambda: passed(ends, count))
+            fixed_bytes = max(rows.fixed_bytes, whole_bytes - rows.per_unit_bytes * count * length)
+            self._pass_need = MemoryNeed(fixed_bytes, rows.per_unit_bytes)
+        return self._pass_need
+
+    @property
+    def bank_need(self) -> MemoryNeed:
+        """Memory of making the token bank, by pictures."""
+        if self._bank_need is None:
+            self._bank_need = need_of(lambda count: self._bank(self._pictures(count)), few=1)
+        return self._bank_need
+
+    def _pictures(self, count: int) -> Tensor:
+        size = self.geometry.image_size
+        return torch.zeros(count, 3, size, size, device=self._parameter.device)
+
+
+def obstacle(model: nn.Module, image_size: int, patches_per_side: int) -> str:
+    """Why a model's tokens cannot be left out or replaced one by one, or "" where they can."""
+    name = type(model).__name__
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
+        return f"{name} is no plain vision transformer of timm (VisionTransformer, its distilled form, or Eva)"
+    stem = model.patch_embed
+    if not isinstance(stem, PatchEmbed):
+        return f"its stem {type(stem).__name__} lets patches see their neighbours' pixels"
+    if isinstance(pool := getattr(model, "attn_pool", None), AttentionPoolLatent) and pool.pos_embed is not None:
+        return "its attention pooling has positions of its own"
+    size = int(stem.patch_size[0])
+    if image_size % size or (image_size // size) % patches_per_side:
+        return (
+            f"its patches of {size} px make a grid of {image_size / size:g} per side, which a grid of "
+            f"{patches_per_side} does not divide"
+        )
+    return ""
+
+
+def pools_prefix(model: nn.Module) -> bool:
+    """Whether a coalition without patches still leaves tokens to pool."""
+    if int(getattr(model, "num_prefix_tokens", 0)) == 0:
+        return False
+    if getattr(model, "attn_pool", None) is not None:
+        return isinstance(model, Eva) or bool(getattr(model, "pool_include_prefix", False))
+    return getattr(model, "global_pool", None) == "token" or bool(getattr(model, "pool_include_prefix", False))
+
+
+def _pooled_tokens(model: nn.Module) -> int:
+    """How many tokens, the first of a sequence, are all that the pooling reads; 0 where it reads the patches."""
+    if getattr(model, "attn_pool", None) is not None or model.global_pool != "token":
+        return 0
+    return 2 if isinstance(model, VisionTransformerDistilled) else 1
+
+
+def _with_prefix(table_NHW: Tensor, num_prefix: int) -> Tensor:
+    """A rotary table with rows for the prefix, which is not turned: sine 0, cosine 1."""
+    still = torch.zeros_like(table_NHW[:1]).expand(num_prefix, -1, -1).clone()
+    still[..., still.shape[-1] // 2 :] = 1
+    return torch.cat([still, table_NHW])
+
+
+def _added(x_RD: Tensor, branch_RD: Tensor | None, scale_D: Tensor | None) -> Tensor:
+    if branch_RD is None:
+        return x_RD
+    return x_RD + branch_RD if scale_D is None else torch.addcmul(x_RD, branch_RD, scale_D)
