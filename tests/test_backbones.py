@@ -197,13 +197,13 @@ def test_a_grid_that_does_not_divide_the_picture_is_refused() -> None:
             load_backbone(VIT, "random", timm_args=SMALL_VIT, patches_per_side=grid)
 
 
-def test_drop_needs_a_plain_transformer_and_its_own_grid() -> None:
+def test_drop_needs_a_plain_transformer_and_a_grid_that_divides_its_own() -> None:
     for family in ("Swin", "ConvNeXt", "ResNet"):
         with pytest.raises(ValueError, match=f"removal: expected 'zero' for {family}"):
             CoalitionEvaluator(backbone(family), "drop")
-    coarse = load_backbone(VIT, "random", timm_args=SMALL_VIT, patches_per_side=2)
-    with pytest.raises(ValueError, match="own 4 x 4 patches, got a grid of 2 per side; use 'zero'"):
-        CoalitionEvaluator(coarse, "drop")
+    fine = load_backbone(VIT, "random", timm_args=SMALL_VIT, patches_per_side=8)
+    with pytest.raises(ValueError, match="a grid of 4 per side, which a grid of 8 does not divide"):
+        CoalitionEvaluator(fine, "drop")
 
 
 def test_a_hierarchical_model_has_features_only_on_the_grid_of_a_stage() -> None:

@@ -101,7 +101,7 @@ def test_a_name_that_is_not_defined_is_refused(project: Path, changes: dict[str,
     [
         ({"architecture": "vit_tinny"}, "backbones.vit_scenes: .*expected a timm model name, got 'vit_tinny'"),
         ({"patches_per_side": 7}, "patches_per_side: expected a divisor of 64 pixels, got 7"),
-        ({"patches_per_side": 4}, "'drop' expected the model's own 8 x 8 patches, got a grid of 4"),
+        ({"patches_per_side": 16}, "got 'drop': .* a grid of 8 per side, which a grid of 16 does not divide"),
         ({"timm_args": {"img_size": 64, "patch_size": 8, "num_classes": 10}}, "num_classes: expected 40 .*got 10"),
         ({"weights": "gone.pth"}, "^backbones.vit_scenes: weights: expected a file or a folder, got gone.pth"),
         ({"weights": "."}, "^backbones.vit_scenes: weights of .*: expected a .safetensors or .pth file, got"),
@@ -137,10 +137,10 @@ def test_numbers_that_the_grid_of_a_backbone_cannot_serve_are_refused(
 
 
 def test_a_removal_of_the_evaluation_that_a_backbone_cannot_serve_is_refused(project: Path) -> None:
-    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=4, evaluate__removals=["zero"])
+    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16, evaluate__removals=["zero"])
     check_backbone("vit_scenes", parse_profile())
-    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=4)
-    with pytest.raises(ValueError, match=r"^backbones\.vit_scenes: evaluate\.removals: .*'drop' expected"):
+    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16)
+    with pytest.raises(ValueError, match=r"^backbones\.vit_scenes: evaluate\.removals: .*got 'drop': "):
         check_backbone("vit_scenes", parse_profile())
 
 

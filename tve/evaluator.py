@@ -124,6 +124,7 @@ class CoalitionEvaluator:
         Raises:
             ValueError: images of another form than [B, 3, S, S].
         """
+        self._require_images(images_B3SS)
         patches = self.backbone.patches_per_side
         everything = torch.ones(len(images_B3SS), 1, patches, patches, dtype=torch.bool, device=images_B3SS.device)
         return self(images_B3SS, everything)[:, 0]

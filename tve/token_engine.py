@@ -128,24 +128,23 @@ class TokenEngine:
         device = images_B3SS.device
         lengths_M, picture_M = (tokens_M + self.num_prefix).cpu(), image_M.cpu()
         embeddings_MD = torch.empty(len(image_M), self.geometry.embed_dim, dtype=torch.float32, device=device)
-        if not len(image_M):
-            return embeddings_MD
-        for group in self._picture_groups(picture_M.unique()):
-            bank = self._bank(images_B3SS[group.to(device)])
-            place_of = torch.full((len(images_B3SS),), -1)
-            place_of[group] = torch.arange(len(group))
-            mine = (place_of[picture_M] >= 0).nonzero()[:, 0]
+        pictures_X, picture_of_M, counts_X = picture_M.unique(return_inverse=True, return_counts=True)
+        by_picture_M = picture_of_M.argsort(stable=True)
+        ends = [0, *counts_X.cumsum(0).tolist()]
+        together = self._pictures_together()
+        for first in range(0, len(pictures_X), together):
+            last = min(first + together, len(pictures_X))
+            bank = self._bank(images_B3SS[pictures_X[first:last].to(device)])
+            mine = by_picture_M[ends[first] : ends[last]]
             mine = mine[lengths_M[mine].argsort(stable=True)]
             lengths = lengths_M[mine].tolist()
-            for first, last in pairwise(self._pass_bounds(lengths, bank)):
-                chosen = mine[first:last]
-                layout = Ragged.of(lengths[first:last], device)
-                place = place_of[picture_M[chosen]].int().to(device)
+            for start, end in pairwise(self._pass_bounds(lengths, bank)):
+                chosen = mine[start:end]
+                layout = Ragged.of(lengths[start:end], device)
+                place = (picture_of_M[chosen] - first).int().to(device)
                 chosen = chosen.to(device)
                 embeddings_MD[chosen] = self._pass(bank, place, coalitions[chosen], layout)
         return embeddings_MD
-
-    # What is done once per picture.
 
     def _bank(self, images_B3SS: Tensor) -> TokenBank:
         model = self.model
@@ -187,8 +186,6 @@ class TokenEngine:
         if getattr(first.attention, "gate", None) is not None:
             columns.append(normed_RD)
         return torch.cat(columns, -1).reshape(batch, num_tokens, -1)
-
-    # What is done once per coalition.
 
     def _pass(self, bank: TokenBank, image_M: Tensor, coalitions: Coalitions, layout: Ragged) -> Tensor:
         def packed(rows_BTV: Tensor, absent_NV: Tensor | None, image: Tensor) -> Tensor:
@@ -304,8 +301,6 @@ class TokenEngine:
             groups = [features for _, _, (features,) in layout.dense(normed)]
         return torch.cat([model.forward_head(features, pre_logits=True) for features in groups]).float()
 
-    # How the work is split.
-
     def _on_own_grid(self, coalitions: Coalitions) -> tuple[Coalitions, Tensor]:
         """The coalitions on the model's own grid, and their numbers of patches."""
         if self.cells > 1:
@@ -315,13 +310,12 @@ class TokenEngine:
             return coalitions, coalitions.sizes()
         return coalitions, coalitions.flatten(1).sum(1)
 
-    def _picture_groups(self, pictures: Tensor) -> tuple[Tensor, ...]:
-        """Pictures whose token banks fit together."""
+    def _pictures_together(self) -> int:
+        """Of how many pictures the token bank fits."""
         share = int(self.memory_bytes * BANK_SHARE)
         if self._parameter.device.type == "cpu":
             share = min(share, CPU_BANK_BYTES)
-        groups: tuple[Tensor, ...] = pictures.split(max(1, self.bank_need.units_within(share)))
-        return groups
+        return max(1, self.bank_need.units_within(share))
 
     def _pass_bounds(self, lengths: list[int], bank: TokenBank) -> list[int]:
         """Where passes begin and end in sequences of these lengths, ascending."""
@@ -335,6 +329,9 @@ class TokenEngine:
                 f"memory_mib: expected at least {-(-needed // 2**20)} for one coalition of {lengths[-1]} tokens, got "
                 f"{self.memory_bytes / 2**20:g}"
             )
+        total = sum(lengths)
+        even = -(-total // -(-total // limit))  # as few passes as the limit allows, of about the same size
+        limit = min(limit, even + lengths[-1] - 1)
         bounds, rows = [0], 0
         for number, length in enumerate(lengths):
             if rows + length > limit and rows:

@@ -23,7 +23,7 @@ from benchmarks.cases import masks
 from tve.backbones import Backbone
 from tve.coalitions import Coalitions
 from tve.evaluator import CoalitionEvaluator, Precision
-from tve.kernels import Choice, Requested
+from tve.kernels import Choice, Requested, choose
 from tve.removal import Removal, zero_pixels
 from tve.token_engine import obstacle
 
@@ -147,9 +147,6 @@ def forget_compiled() -> None:
     torch._dynamo.reset()
 
 
-# Masked copies.
-
-
 def zero_and_embed(backbone: Backbone, images_M3SS: Tensor, present_MPP: Tensor) -> Tensor:
     """Embeddings [M, D] of pictures whose absent patches are 0."""
     features = backbone.model.forward_features(zero_pixels(images_M3SS, present_MPP))  # type: ignore[operator]
@@ -163,15 +160,12 @@ def _masked(backbone: Backbone, program: Callable[..., Tensor]) -> Callable[...,
         present_MPP = present_BKPP.flatten(0, 1)
         images_B3SS = images_B3SS.to(next(backbone.model.parameters()).dtype)
         parts = [
-            program(backbone, images_B3SS[rows % len(images_B3SS)], present_MPP[rows])
+            program(backbone, images_B3SS[rows // num_coalitions], present_MPP[rows])
             for rows in torch.arange(len(present_MPP), device=images_B3SS.device).split(size)
         ]
         return torch.cat(parts).reshape(len(images_B3SS), num_coalitions, -1)
 
     return embed
-
-
-# Gathered tokens.
 
 
 def blocks_and_pool(model: Any, x_nTD: Tensor) -> Tensor:
@@ -202,7 +196,7 @@ def _grouped_side(name: SideName, backbone: Backbone, lists: dict[str, tuple[int
     each_shape = grouped(_block_by_block())
     forms = (
         *_candidates(lists["compiled rows"], "rows", any_shape),
-        *_candidates(lists["static rows"], "rows, a program a shape", each_shape),
+        *_candidates(lists["static rows"], "rows (a program a shape)", each_shape),
     )
     return Side(name, "drop", forms, eager)
 
@@ -232,17 +226,23 @@ def _grouped(backbone: Backbone, program: Callable[..., Tensor]) -> Callable[...
     return embed
 
 
-# Ours.
-
-
 def _evaluator(
     backbone: Backbone, removal: Removal, precision: Precision, budgets_mib: tuple[int, ...], backend: Requested
 ) -> Side:
+    device = next(backbone.model.parameters()).device
+    settings = [(mib, False) for mib in budgets_mib]
+    if device.type == "cuda" and choose(backend, device).backend == "triton":
+        settings.append((budgets_mib[-1], True))
     made = [
-        CoalitionEvaluator(backbone, removal, memory_mib=mib, precision=precision, backend=backend)
-        for mib in budgets_mib
+        CoalitionEvaluator(
+            backbone, removal, memory_mib=mib, precision=precision, backend=backend, compiled=is_compiled
+        )
+        for mib, is_compiled in settings
     ]
-    forms = tuple(Candidate(f"{mib} MiB", evaluator) for mib, evaluator in zip(budgets_mib, made, strict=True))
+    forms = tuple(
+        Candidate(f"{mib} MiB{', compiled' if is_compiled else ''}", evaluator)
+        for (mib, is_compiled), evaluator in zip(settings, made, strict=True)
+    )
     plain = CoalitionEvaluator(backbone, removal, memory_mib=budgets_mib[0], precision=precision, backend="torch")
     return Side("evaluator", removal, forms, plain, choice=made[0].choice)
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.baselines import SIDES, Side, SideName, forget_compiled, sides
 from benchmarks.cases import NAMES, OF_WINDOWS, ON_A_CPU, ON_A_GPU, Amounts, Case, CaseName, case
 from benchmarks.ceiling import ceiling_gflops
-from benchmarks.compare import Measured, measure_case
+from benchmarks.compare import Known, Measured, measure_case
 from benchmarks.flops import full_pass_flops
 from benchmarks.records import Circumstances, append, circumstances, columns_of, number, red_tests, results_file
 from tve.backbones import Backbone, load_backbone
@@ -108,11 +108,12 @@ def measured_rows(settings: Settings) -> Iterator[list[Row]]:
             ceiling = ceiling_gflops(device, DTYPES[precision])
             nominal = full_pass_flops(backbone)
             made: dict[str, dict[SideName, Side]] = {}
+            known: Known = {}
             for each in _cases(settings, backbone):
                 if each.removal not in made:
                     made[each.removal] = sides(backbone, each.removal, precision, settings.sides)
                 images = _pictures(each, backbone, device)
-                found = measure_case(made[each.removal], images, each, settings.rounds, DTYPES[precision])
+                found = measure_case(made[each.removal], images, each, settings.rounds, DTYPES[precision], known)
                 yield [
                     _row(model, precision, each, side, found[side.name], ceiling, nominal * 1e-9)
                     for side in made[each.removal].values()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 Name = TypeVar("Name", bound=str)
+LONG_S = 2.0  # a run of this length averages over disturbances by itself
 SLOWER = 1.25  # a candidate whose first timed run is slower than this many times the best is not timed again
 
 
@@ -53,8 +54,8 @@ def paired_seconds(
     return elapsed_s
 
 
-def fastest(programs: Sequence[Callable[[], object]], device: torch.device, timed: int = 3) -> int:
-    """Which program takes the least time: each warmed up once, then timed a few times, its best time counts."""
+def fastest(programs: Sequence[Callable[[], object]], device: torch.device) -> int:
+    """Which program takes the least time: each warmed up once, then timed up to three times, its best time counts."""
     best, best_s = 0, float("inf")
     for number, program in enumerate(programs):
         program()
@@ -62,7 +63,8 @@ def fastest(programs: Sequence[Callable[[], object]], device: torch.device, time
             return 0
         least_s = seconds(program, device)
         if least_s < SLOWER * best_s:
-            least_s = min([least_s, *(seconds(program, device) for _ in range(timed - 1))])
+            more = 2 if least_s < LONG_S else 0
+            least_s = min([least_s, *(seconds(program, device) for _ in range(more))])
         if least_s < best_s:
             best, best_s = number, least_s
     return best
@@ -105,6 +107,13 @@ def peak_mib(program: Callable[[], object], device: torch.device) -> float:
     peak = _status_kib("VmHWM")
     del result
     return (peak - before) / 2**10
+
+
+def resident_mib(device: torch.device) -> float:
+    """Memory in use: of PyTorch's allocator on a GPU, of the process on a CPU (Linux), MiB."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    return _status_kib("VmRSS") / 2**10
 
 
 def _wait(device: torch.device) -> None:

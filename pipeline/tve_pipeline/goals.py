@@ -37,6 +37,7 @@ from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.training import concatenated
 from tve_pipeline.evaluate_results import object_patches
+from tve_pipeline.goal_lines import Goals
 from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
@@ -44,27 +45,6 @@ CONTROLS = ("random", "random_blurred", "centre")
 SIDES = {"fidelity_plus": 1.0, "fidelity_minus": -1.0}  # +1: higher is better
 NUM_R2_PICTURES = 128
 NUM_DENSITY_PICTURES = 500
-
-
-class Goals:
-    """Prints goals as they are measured and remembers whether any fell short."""
-
-    def __init__(self) -> None:
-        self.fell_short = False
-
-    def at_least(self, goal: str, value: float | None, bar: float, unit: str) -> None:
-        self._print(goal, value, bar, None if value is None else value >= bar, unit)
-
-    def at_most(self, goal: str, value: float | None, bar: float, unit: str) -> None:
-        self._print(goal, value, bar, None if value is None else value <= bar, unit)
-
-    def _print(self, goal: str, value: float | None, bar: float, ok: bool | None, unit: str) -> None:
-        shown = None if value is None else round(value, 4)
-        print(
-            json.dumps({"goal": goal, "value": shown, "bar": bar, "ok": ok, "unit": unit}, ensure_ascii=False),
-            flush=True,
-        )
-        self.fell_short |= ok is False
 
 
 def main(argv: list[str]) -> int:

@@ -85,12 +85,6 @@ def scene(seed: int, split: str, index: int) -> Scene:
     return Scene(pixels, labels, masks)
 
 
-def patch_mask(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Patches that hold at least one pixel of a mask [64, 64]: bool [8, 8]."""
-    tiles = mask.reshape(PATCHES_PER_SIDE, PATCH_SIZE, PATCHES_PER_SIDE, PATCH_SIZE)
-    return np.asarray(tiles.any(axis=(1, 3)))
-
-
 def _place(rng: np.random.Generator, num_distractors: int) -> list[tuple[int, int]]:
     """Patch corners of digit, shape and distractors: none overlap, digit and shape have a patch between them."""
     last = PATCHES_PER_SIDE - 2

@@ -132,10 +132,27 @@ def test_every_program_runs_once_a_round_in_an_order_that_turns() -> None:
 
 
 def test_the_fastest_program_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {"slow": iter([9.0]), "noisy": iter([3.0, 1.0, 2.0]), "steady": iter([1.2, 1.2, 1.2])}
+    times = {"slow": iter([5.0]), "noisy": iter([1.9, 0.9, 1.5]), "steady": iter([1.0] * 3), "slower": iter([1.2])}
     programs = [lambda name=name: name for name in times]
-    monkeypatch.setattr("benchmarks.measure.seconds", lambda program, _: next(times[program()], 9.0))
+    monkeypatch.setattr("benchmarks.measure.seconds", lambda program, _: next(times[program()]))
     assert fastest(programs, CPU) == 1
+    assert not any(list(left) for left in times.values())
+
+
+def test_the_best_setting_of_masked_copies_is_searched_once(tiny: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    searched: list[int] = []
+
+    def first(programs: list[Callable[[], object]], device: torch.device) -> int:
+        searched.append(len(programs))
+        return 0
+
+    monkeypatch.setattr(compare, "fastest", first)
+    monkeypatch.setitem(baselines.MASKED_AT_MOST, "cpu", 4)
+    made, known = sides(tiny, "drop", "float32", ("masked_eager", "evaluator")), compare.Known()
+    for name in ("half", "kept"):
+        measure_case(made, pictures(), case(name, 4, 1, AMOUNTS, CPU), 1, torch.float32, known)
+    assert len(searched) == 3  # the evaluator's is searched for each case
+    assert set(known) == {("masked_eager", 4)}
 
 
 def test_peak_memory_is_what_lives_at_once() -> None:

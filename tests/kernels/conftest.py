@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import pytest
 import torch
+import torch._dynamo  # before `poisoned`: what it finds in torch.empty's place at its import, it never traces
 from torch import Tensor
 
 

@@ -99,7 +99,7 @@ def _copied(
 def _one_matrix(source_BTW: Tensor, absent_NW: Tensor) -> tuple[Tensor, int]:
     """Pictures' rows and blank rows as one matrix, and where the blank ones begin."""
     num_rows, width = source_BTW.shape[0] * source_BTW.shape[1], source_BTW.shape[2]
-    behind = absent_NW.storage_offset() - source_BTW.storage_offset()
+    behind = int(absent_NW.storage_offset()) - int(source_BTW.storage_offset())
     if (
         source_BTW.is_contiguous()
         and absent_NW.is_contiguous()

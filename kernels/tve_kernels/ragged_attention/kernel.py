@@ -30,7 +30,7 @@ class Configuration:
 def configuration(mean_length: float, width: int, itemsize: int) -> Configuration:
     """Tile sizes for sequences of this mean length, heads of this width and elements of this many bytes."""
     if itemsize == 4:  # float32 products in full precision hold both operands in registers
-        return Configuration(32, 32, 4) if width <= 64 else Configuration(16, 32, 4)
+        return Configuration(32, 32, 4)
     if mean_length <= 64:  # 64 rows are the fewest that fill Hopper's matrix units
         return Configuration(64, 32, 4)
     return Configuration(128, 64 if width <= 64 else 32, 8)  # wider ones with 64 keys spill on gfx942

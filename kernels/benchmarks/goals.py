@@ -1,0 +1,241 @@
+"""The coalition engine's goals, measured here and now: one JSON line each, and a non-zero exit where one falls short.
+
+    python -m benchmarks.goals [--threads 1] [--rounds 7] [--skip-stream]
+
+A goal that this machine cannot measure (a GPU's on a CPU, and the other way round) has the value null. Nothing is read
+from a file: speeds are timed side by side in this process, errors computed against float64, proofs run.
+"""
+
+import argparse
+import copy
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.baselines import SideName, forget_compiled, sides
+from benchmarks.cases import ON_A_CPU, ON_A_GPU, CaseName, case
+from benchmarks.ceiling import ceiling_gflops
+from benchmarks.compare import Measured, measure_case
+from benchmarks.flops import full_pass_flops
+from benchmarks.measure import paired_seconds, peak_mib, resident_mib, speedup
+from tve.backbones import Backbone, load_backbone
+from tve.coalitions import WindowCoalitions, Windows, random_halves
+from tve.evaluator import DTYPES, CoalitionEvaluator, Precision
+from tve.memory import peak_bytes
+from tve.removal import Removal, zero_pixels
+from tve_kernels.compile_proof import OPS, TARGETS, prove
+from tve_pipeline.goal_lines import Goals
+
+ROOT = Path(__file__).resolve().parents[2]
+RADIUS = 2
+PRECISION: Precision = "bfloat16"
+KEPT_OVER_A = {"vit_tiny_patch16_224": 9.5, "vit_small_patch16_224": 9.0}
+OVER_A: dict[CaseName, float] = {"pairs": 2.1, "half": 2.2}
+DROP_CASES: tuple[CaseName, ...] = ("kept", "removed", "pairs", "half", "fidelity")
+ON_GPU_MODEL = "vit_base_patch16_224"
+BUDGET_MIB = 512
+STREAMED_PICTURES, STREAM_BATCH, GROWTH_MIB = 50_000, 50, 16.0
+FLOORS: dict[Precision, float] = {"float32": 1e-6, "bfloat16": 1e-3}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
+    parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed")
+    parser.add_argument("--skip-stream", action="store_true", help="leave out the 50,000 pictures")
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(arguments.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    goals = Goals()
+    proofs(goals)
+    errors(goals, device)
+    memory(goals, device, arguments.rounds)
+    stream(goals, device, skip=arguments.skip_stream)
+    speed_on_a_cpu(goals, device, arguments.rounds)
+    speed_on_a_gpu(goals, device, arguments.rounds)
+    return 1 if goals.fell_short else 0
+
+
+def proofs(goals: Goals) -> None:
+    """The tests of ops and evaluator, and every kernel compiled for every target."""
+    ops = pytest_counts("tests/kernels")
+    goals.at_least("kernels against float64, tests passed", ops["passed"] / ops["all"], 1.0, "share")
+    counts = pytest_counts("tests/test_evaluator.py", "tests/test_evaluator_architectures.py")
+    goals.at_least("evaluator, tests passed", counts["passed"] / counts["all"], 1.0, "share")
+    goals.at_least("architectures equal to their definition", float(architectures_passed()), 15, "architectures")
+    rows = prove(OPS, tuple(TARGETS))
+    goals.at_least("kernels compiled, of 4 targets", float(len({row.target for row in rows})), 4, "targets")
+    goals.at_most("spills", float(sum(row.usage.spilled_bytes for row in rows if row.usage)), 0, "bytes")
+    goals.at_most("kernels that fail to compile or want too much", float(sum(bool(row.problem) for row in rows)), 0, "")
+
+
+def errors(goals: Goals, device: torch.device) -> None:
+    """Largest error against float64 as a multiple of what is allowed: 2 x that of PyTorch in the dtype, + a floor."""
+    backbone = redrawn("vit_tiny_patch16_224")
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    present = random_halves(6, 14, torch.Generator().manual_seed(1)).unflatten(0, (2, 3))
+    present[:, 1] = Windows(14, RADIUS).kept_NPP()[40]
+    for removal in ("drop", "zero"):
+        exact = defined(backbone.model.double(), images, present, removal)
+        for precision, floor in FLOORS.items():
+            model = copy.deepcopy(backbone.model).to(device, DTYPES[precision])
+            plain = defined(model, images.to(device), present.to(device), removal).cpu()
+            on_device = Backbone(backbone.config, backbone.model.float()).to(device)
+            evaluator = CoalitionEvaluator(on_device, removal, precision=precision)
+            found = evaluator(images.to(device), present.to(device)).cpu()
+            allowed = 2 * float((plain - exact).abs().max()) + floor * float(exact.abs().max())
+            error = float((found - exact).abs().max())
+            goals.at_most(f"error of {removal} in {precision}, of what is allowed", error / allowed, 1.0, "share")
+            backbone.model.cpu()
+
+
+def memory(goals: Goals, device: torch.device, rounds: int) -> None:
+    """Live tensors against the budget, and what keeping to it costs."""
+    backbone = load_backbone("vit_tiny_patch16_224", "random").to(device)
+    images = torch.randn(64, 3, 224, 224, device=device)
+    every = torch.arange(0, 196, 7, device=device).expand(64, -1)
+    pairs = WindowCoalitions(
+        Windows(14, RADIUS), torch.cat([every, every], 1), torch.arange(56, device=device).expand(64, -1) < 28
+    )
+    tight = 8 if device.type == "cpu" else BUDGET_MIB  # on a CPU passes are kept small for their speed
+    evaluators = {
+        mib: CoalitionEvaluator(backbone, "drop", memory_mib=mib, precision=PRECISION) for mib in (tight, 512, 65536)
+    }
+    few = slice(0, 64 if device.type == "cuda" else 4)
+    given = images[few], WindowCoalitions(pairs.windows, pairs.centre[few], pairs.kept[few])
+    for evaluator in evaluators.values():
+        evaluator(*given)
+    embeddings_mib = len(given[0]) * 56 * backbone.embed_dim * 4 / 2**20
+    for mib in dict.fromkeys((tight, BUDGET_MIB)):
+        run = functools.partial(evaluators[mib], *given)
+        peak = peak_mib(run, device) if device.type == "cuda" else peak_bytes(run) / 2**20
+        goals.at_most(f"peak of live tensors, of a budget of {mib} MiB", (peak - embeddings_mib) / mib, 1.1, "share")
+    if device.type == "cpu":
+        peak = peak_mib(lambda: evaluators[BUDGET_MIB](*given), device)
+        goals.at_most(f"growth of the process, of a budget of {BUDGET_MIB} MiB", peak / BUDGET_MIB, 1.1, "share")
+    programs = {str(mib): functools.partial(evaluators[mib], *given) for mib in (BUDGET_MIB, 65536)}
+    with_budget, without = paired_seconds(programs, rounds, device).values()
+    share = speedup([1 / each for each in with_budget], [1 / each for each in without])
+    goals.at_least(f"throughput with {BUDGET_MIB} MiB, of that without a budget", share, 0.95, "share")
+
+
+def stream(goals: Goals, device: torch.device, *, skip: bool) -> None:
+    """Memory over 50,000 pictures of two coalitions each, from after the first thousand."""
+    growth: float | None = None
+    if not skip:
+        backbone = load_backbone("vit_tiny_patch16_224", "random").to(device)
+        evaluator = CoalitionEvaluator(backbone, "drop", precision=PRECISION)
+        windows, generator = Windows(14, RADIUS), torch.Generator().manual_seed(0)
+        images = torch.randn(STREAM_BATCH, 3, 224, 224, generator=generator).to(device)
+        kept = torch.ones(STREAM_BATCH, 2, dtype=torch.bool, device=device)
+        settled = 0.0
+        for number in range(0, STREAMED_PICTURES, STREAM_BATCH):
+            centre = torch.randint(196, (STREAM_BATCH, 2), generator=generator).to(device)
+            evaluator(images.roll(number, -1), WindowCoalitions(windows, centre, kept))
+            if number == 1000:
+                settled = resident_mib(device)
+        growth = resident_mib(device) - settled
+    goals.at_most("growth over 50,000 pictures x 2 coalitions", growth, GROWTH_MIB, "MiB")
+
+
+def speed_on_a_cpu(goals: Goals, device: torch.device, rounds: int) -> None:
+    for model, bar in KEPT_OVER_A.items():
+        found: Mapping[CaseName, Mapping[SideName, Measured]] = {}
+        if device.type == "cpu":
+            names: tuple[SideName, ...] = ("masked_eager", "grouped_eager", "grouped_compiled", "evaluator")
+            found = timed_cases(model, DROP_CASES, names, device, rounds)
+        for name in DROP_CASES:
+            ratio = found[name]["evaluator"].ratio_over if found else {}
+            if name == "kept":
+                goals.at_least(f"CPU, {model}, kept windows over (a)", ratio.get("a"), bar, "x")
+            elif name in OVER_A:
+                goals.at_least(f"CPU, {model}, {name} over (a)", ratio.get("a"), OVER_A[name], "x")
+            goals.at_least(f"CPU, {model}, {name} over (c)", ratio.get("c"), 1.06, "x")
+
+
+def speed_on_a_gpu(goals: Goals, device: torch.device, rounds: int) -> None:
+    found: Mapping[CaseName, Mapping[SideName, Measured]] = {}
+    share: float | None = None
+    if device.type == "cuda":
+        names: tuple[SideName, ...] = ("masked_compiled", "grouped_eager", "grouped_compiled", "evaluator")
+        found = timed_cases(ON_GPU_MODEL, ("zero", "kept", "pairs"), names, device, rounds)
+        backbone = load_backbone(ON_GPU_MODEL, "random").to(device=device, dtype=DTYPES[PRECISION])
+        nominal = full_pass_flops(backbone) * 1e-9
+        share = nominal * found["zero"]["evaluator"].rate.p50 / ceiling_gflops(device, DTYPES[PRECISION])
+    for name, letter, bar in (
+        ("zero", "b", 1.08),
+        ("kept", "b", 8.0),
+        ("kept", "c", 1.15),
+        ("pairs", "b", 2.0),
+        ("pairs", "c", 1.08),
+    ):
+        ratio = found[name]["evaluator"].ratio_over if found else {}  # type: ignore[index]
+        goals.at_least(f"GPU, {ON_GPU_MODEL}, {name} over ({letter})", ratio.get(letter), bar, "x")
+    goals.at_least(f"GPU, {ON_GPU_MODEL}, zero, of the measured matrix ceiling", share, 0.55, "share")
+
+
+def timed_cases(
+    model: str, cases: Sequence[CaseName], names: tuple[SideName, ...], device: torch.device, rounds: int
+) -> dict[CaseName, dict[SideName, Measured]]:
+    """Every case of a model, all sides in turn, each at its own best batch."""
+    forget_compiled()
+    backbone = load_backbone(model, "random").to(device=device, dtype=DTYPES[PRECISION])
+    found = {}
+    for name in cases:
+        each = case(name, backbone.patches_per_side, RADIUS, ON_A_CPU if device.type == "cpu" else ON_A_GPU, device)
+        made = sides(backbone, each.removal, PRECISION, names)
+        shape = (each.coalitions.shape[0], 3, backbone.image_size, backbone.image_size)
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+        found[name] = measure_case(made, images, each, rounds, DTYPES[PRECISION])
+    return found
+
+
+@torch.no_grad()
+def defined(model: Any, images_B3SS: Tensor, present_BKPP: Tensor, removal: Removal) -> Tensor:
+    """Embeddings [B, K, D], float64, by PyTorch alone in the model's dtype: attention forbidden, or pixels masked."""
+    dtype = next(model.parameters()).dtype
+    rows = []
+    for image, present_KPP in zip(images_B3SS.to(dtype), present_BKPP, strict=True):
+        for present_PP in present_KPP:
+            if removal == "zero":
+                features = model.forward_features(zero_pixels(image[None], present_PP[None]))
+            else:
+                token = torch.ones(model.num_prefix_tokens, dtype=torch.bool, device=image.device)
+                visible = torch.cat([token, present_PP.flatten()])[None, None, None]
+                features = model.forward_features(image[None], attn_mask=visible)
+            rows.append(model.forward_head(features, pre_logits=True)[0])
+    return torch.stack(rows).reshape(*present_BKPP.shape[:2], -1).double()
+
+
+def redrawn(architecture: str) -> Backbone:
+    """Random weights, every parameter moved from where initialisation left it."""
+    torch.manual_seed(0)
+    backbone = load_backbone(architecture, "random")
+    for parameter in backbone.model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return backbone
+
+
+def pytest_counts(*paths: str) -> dict[str, int]:
+    """Tests by outcome, and their number."""
+    command = [sys.executable, "-m", "pytest", "-q", *paths]
+    output = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    found = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|error|skipped)", output)}
+    return {"passed": 0} | found | {"all": max(1, sum(found.values()))}
+
+
+def architectures_passed() -> int:
+    """How many timm architectures pass the comparison with their definition in float64."""
+    test = "tests/test_evaluator_architectures.py::test_drop_equals_forbidding_attention"
+    return pytest_counts(test)["passed"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
