@@ -137,7 +137,9 @@ def test_numbers_that_the_grid_of_a_backbone_cannot_serve_are_refused(
 
 
 def test_a_removal_of_the_evaluation_that_a_backbone_cannot_serve_is_refused(project: Path) -> None:
-    write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16, evaluate__removals=["zero"])
+    write(
+        backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16, evaluate__removals=["zero"]
+    )
     check_backbone("vit_scenes", parse_profile())
     write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16)
     with pytest.raises(ValueError, match=r"^backbones\.vit_scenes: evaluate\.removals: .*got 'drop': "):

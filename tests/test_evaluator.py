@@ -1,15 +1,17 @@
 import copy
+import os
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tve.backbones import Backbone, load_backbone
 from tve.coalitions import WindowCoalitions, Windows
-from tve.evaluator import CoalitionEvaluator
+from tve.evaluator import CoalitionEvaluator, Precision
 from tve.kernels import Choice
-from tve.memory import peak_bytes
+from tve.memory import MemoryNeed, peak_bytes
 from tve.removal import Removal, zero_pixels
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -135,14 +137,59 @@ def test_the_memory_budget_does_not_change_results(removal: Removal) -> None:
 
 
 @pytest.mark.parametrize("removal", ["zero", "drop"])
-def test_live_tensors_stay_within_the_budget_and_use_it(removal: Removal) -> None:
-    evaluator, images = CoalitionEvaluator(backbone(), removal), pictures(8)
-    present = torch.rand(8, 200, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.5
-    evaluator(images, present)  # measures its needs
-    for budget in (2 * 2**20, 3 * 2**20, 4 * 2**20):
-        evaluator.engine.memory_bytes = budget
-        peak = peak_bytes(lambda: evaluator(images, present)) - 8 * 200 * 32 * 4
-        assert 0.5 * budget < peak < 1.1 * budget
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_live_tensors_stay_within_the_budget_and_use_it(removal: Removal, precision: Precision) -> None:
+    made, images = backbone(), pictures(8)
+    present = torch.rand(8, 800, 4, 4, generator=torch.Generator().manual_seed(2)) < 0.5
+    for mib in (4, 6, 8):
+        evaluator = CoalitionEvaluator(made, removal, memory_mib=mib, precision=precision)
+        evaluator.full(images[:1])  # measures its needs on tensors without memory, which are counted as others are
+        peak = peak_bytes(lambda evaluator=evaluator: evaluator(images, present)) - 8 * 800 * 32 * 4  # type: ignore[misc]
+        assert 0.2 * mib < peak / 2**20 < 1.1 * mib
+
+
+def test_measuring_its_needs_takes_no_memory() -> None:
+    evaluator, images = CoalitionEvaluator(backbone(), "drop", memory_mib=2), pictures(2)
+    before, after = _resident_bytes(), 0
+    for _ in range(3):
+        CoalitionEvaluator(evaluator.backbone, "drop", memory_mib=2).full(images)
+        after = _resident_bytes()
+    assert after - before < 16 * 2**20  # the probe's 32,768 rows would hold 40 MiB
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_backbone_that_moved_is_an_error() -> None:
+    made = backbone()
+    evaluator = CoalitionEvaluator(made, "drop")
+    evaluator.device = torch.device("meta")
+    with pytest.raises(
+        ValueError, match="backbone: expected on meta, where it was when this evaluator was made, got cpu"
+    ):
+        evaluator(pictures(), coalitions())
+
+
+def test_replaced_layers_and_hooks_are_not_read_around() -> None:
+    class Halved(nn.Module):
+        def __init__(self, linear: nn.Module) -> None:
+            super().__init__()
+            self.linear, self.weight, self.bias = linear, linear.weight, linear.bias
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(x) / 2  # type: ignore[no-any-return]
+
+    images, present = pictures(), coalitions()
+    made = backbone()
+    made.model.blocks[1].attn.qkv = Halved(made.model.blocks[1].attn.qkv)  # type: ignore[index,union-attr]
+    made.model.blocks[2].attn.register_forward_hook(lambda *given: given[-1] * 2)  # type: ignore[index,union-attr]
+    torch.testing.assert_close(
+        CoalitionEvaluator(made, "drop")(images, present).double(),
+        attention_forbidden(made, images, present),
+        atol=2e-5,
+        rtol=2e-5,
+    )
 
 
 def test_a_budget_too_small_for_one_coalition_is_an_error() -> None:
@@ -150,7 +197,12 @@ def test_a_budget_too_small_for_one_coalition_is_an_error() -> None:
     present = torch.ones(1, 1, 14, 14, dtype=torch.bool)
     for removal in ("zero", "drop"):
         evaluator = CoalitionEvaluator(made, removal, memory_mib=1)  # type: ignore[arg-type]
-        with pytest.raises(ValueError, match=r"memory_mib: expected at least \d+ for one coalition of 197 tokens"):
+        with pytest.raises(ValueError, match=r"memory_mib: expected at least \d+ for the tokens of one picture, got 1"):
+            evaluator(torch.zeros(1, 3, 224, 224), present)
+        evaluator.engine._bank_need = MemoryNeed(0, 1)  # type: ignore[union-attr]
+        with pytest.raises(
+            ValueError, match=r"memory_mib: expected at least \d+ for one coalition of 197 tokens, got 1"
+        ):
             evaluator(torch.zeros(1, 3, 224, 224), present)
     made = load_backbone("resnet18", "random", patches_per_side=7)
     with pytest.raises(ValueError, match=r"memory_mib: expected at least \d+ for one masked copy, got 1"):
@@ -195,6 +247,8 @@ def test_no_coalition_and_no_picture_give_nothing(removal: Removal) -> None:
     evaluator = CoalitionEvaluator(backbone(), removal)
     none_each = evaluator(pictures(2), torch.ones(2, 0, 4, 4, dtype=torch.bool))
     assert none_each.shape == (2, 0, 32)
+    masked = CoalitionEvaluator(load_backbone("resnet18", "random", patches_per_side=7), "zero")
+    assert masked(torch.zeros(1, 3, 224, 224), torch.ones(1, 0, 7, 7, dtype=torch.bool)).shape == (1, 0, 512)
     no_picture = evaluator(torch.zeros(0, 3, 32, 32), torch.ones(0, 4, 4, 4, dtype=torch.bool))
     assert no_picture.shape == (0, 4, 32)
 
@@ -289,6 +343,15 @@ def test_inputs_of_another_shape_are_errors(removal: Removal) -> None:
         evaluator(pictures().to("meta"), coalitions())
     with pytest.raises(ValueError, match="or WindowCoalitions, got list"):
         evaluator(pictures(), [[0]])  # type: ignore[arg-type]
+    for wrong, got in (
+        (torch.tensor([True, False]), "torch.bool"),
+        (torch.tensor([[0], [1]]), "torch.int64"),
+        ([0, 1], "list"),
+    ):
+        with pytest.raises(
+            ValueError, match=rf"image_index: expected int64 \[M\] on cpu, a picture of each, got {got}"
+        ):
+            evaluator.ragged(pictures(), wrong, coalitions()[0, :2])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="image_index: expected 0 to 2, got 3"):
         evaluator.ragged(pictures(), torch.tensor([0, 3]), coalitions()[0, :2])
     nan = pictures()
@@ -316,5 +379,12 @@ def test_a_backend_that_cannot_run_is_an_error_and_auto_says_why_it_chose() -> N
     made = backbone()
     assert CoalitionEvaluator(made, "drop").choice == Choice("torch", AUTO_ON_A_CPU)
     assert CoalitionEvaluator(made, "drop", backend="torch").choice == Choice("torch", "asked for")
+    resnet = load_backbone("resnet18", "random", patches_per_side=7)
+    assert CoalitionEvaluator(resnet, "zero").choice.backend == "torch"
+    with pytest.raises(ValueError, match="got resnet18: resnet18 is evaluated on masked copies; use 'auto'"):
+        CoalitionEvaluator(resnet, "zero", backend="triton")
+    narrow = load_backbone(VIT, "random", timm_args=SIZE | {"num_heads": 4})
+    with pytest.raises(ValueError, match="its heads have a width of 8, and kernels serve 16 to 128; use 'auto'"):
+        CoalitionEvaluator(narrow, "drop", backend="triton")
     with pytest.raises(ValueError, match=r"backend: expected one of \['auto', 'triton', 'torch'\], got 'cuda'"):
         CoalitionEvaluator(made, "drop", backend="cuda")  # type: ignore[arg-type]

@@ -2,8 +2,8 @@
 
 Everything in the project that needs a masked copy of a picture asks a `CoalitionEvaluator` for its embedding. Plain
 vision transformers are evaluated on packed tokens (`tve.token_engine`), without masked copies; any other model, under
-`zero`, on masked copies (`tve.masked_copies`). Work is split into passes that respect a memory budget, in an order
-that depends on the coalitions alone.
+`zero`, on masked copies (`tve.masked_copies`). Work is split into passes that respect a memory budget, always the same
+ones for the same call.
 """
 
 import copy
@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from tve.backbones import Backbone
-from tve.coalitions import Coalitions, require_coalitions
+from tve.coalitions import Coalitions, require_coalitions, require_whole
 from tve.kernels import Choice, Requested, choose
 from tve.masked_copies import MaskedCopies
+from tve.memory import keep_freed_pages
 from tve.removal import Removal, parse_removal
-from tve.token_engine import Geometry, TokenEngine, obstacle, pools_prefix
+from tve.token_engine import Geometry, TokenEngine, kernel_obstacle, obstacle, pools_prefix
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {
@@ -58,11 +59,15 @@ class CoalitionEvaluator:
             require_droppable(backbone)
         if precision not in DTYPES:
             raise ValueError(f"precision: expected one of {list(DTYPES)}, got {precision!r}")
+        require_whole("memory_mib", memory_mib)
         if memory_mib < 1:
             raise ValueError(f"memory_mib: expected at least 1, got {memory_mib}")
         self.backbone = backbone
         self.removal = removal
-        self.choice: Choice = choose(backend, next(backbone.model.parameters()).device)
+        self.device = next(backbone.model.parameters()).device
+        if self.device.type == "cpu":
+            keep_freed_pages()
+        self.choice = _chosen(backbone, backend, self.device)
         own = _in_dtype(backbone, DTYPES[precision])
         memory_bytes = memory_mib * 2**20
         self.engine: TokenEngine | MaskedCopies
@@ -110,8 +115,18 @@ class CoalitionEvaluator:
             ValueError: as a call does, and an index of no picture.
         """
         self._require_images(images_B3SS)
+        if (
+            not isinstance(image_index_M, Tensor)
+            or image_index_M.dtype != torch.int64
+            or image_index_M.ndim != 1
+            or image_index_M.device != images_B3SS.device
+        ):
+            got = type(image_index_M).__name__
+            if isinstance(image_index_M, Tensor):
+                got = f"{image_index_M.dtype} {list(image_index_M.shape)} on {image_index_M.device}"
+            raise ValueError(f"image_index: expected int64 [M] on {images_B3SS.device}, a picture of each, got {got}")
         require_coalitions(coalitions, (len(image_index_M),), self.backbone.patches_per_side, images_B3SS.device)
-        if len(image_index_M):
+        if image_index_M.numel():
             low, high = (int(value) for value in image_index_M.aminmax())
             if low < 0 or high >= len(images_B3SS):
                 raise ValueError(f"image_index: expected 0 to {len(images_B3SS) - 1}, got {low if low < 0 else high}")
@@ -136,14 +151,18 @@ class CoalitionEvaluator:
         Without a token besides the patches `drop` leaves nothing to embed; the all-zero picture then stands for it.
         """
         patches, size = self.backbone.patches_per_side, self.backbone.image_size
-        device = next(self.backbone.model.parameters()).device
-        images = torch.zeros(1, 3, size, size, device=device)
+        images = torch.zeros(1, 3, size, size, device=self.device)
         if self.removal == "drop" and not pools_prefix(self.backbone.model):
             return self.full(images)[0]
-        return self(images, torch.zeros(1, 1, patches, patches, dtype=torch.bool, device=device))[0, 0]
+        return self(images, torch.zeros(1, 1, patches, patches, dtype=torch.bool, device=self.device))[0, 0]
 
     def _require_images(self, images_B3SS: Tensor) -> None:
         device = next(self.backbone.model.parameters()).device
+        if device != self.device:
+            raise ValueError(
+                f"backbone: expected on {self.device}, where it was when this evaluator was made, got {device}; make "
+                "a new evaluator"
+            )
         if isinstance(images_B3SS, Tensor) and images_B3SS.device != device:
             raise ValueError(f"images: expected {device}, where the backbone is, got {images_B3SS.device}; move them")
         self.backbone.require_images(images_B3SS)
@@ -156,6 +175,19 @@ def require_droppable(backbone: Backbone) -> None:
         raise ValueError(
             f"removal: expected 'zero' for {backbone.config.name} ({type(model).__name__}), got 'drop': {reason}"
         )
+
+
+def _chosen(backbone: Backbone, requested: Requested, device: torch.device) -> Choice:
+    """Who runs the ops for this backbone: what its device allows, unless the kernels cannot serve the model."""
+    choice = choose(requested, device)
+    if choice.backend == "torch":
+        return choice
+    name = backbone.config.name
+    reason = obstacle(backbone.model, backbone.image_size, backbone.patches_per_side)
+    reason = f"{name} is evaluated on masked copies" if reason else kernel_obstacle(backbone.model)
+    if reason and requested == "triton":
+        raise ValueError(f"backend: expected a model that Triton's kernels serve, got {name}: {reason}; use 'auto'")
+    return Choice("torch", reason) if reason else choice
 
 
 def _in_dtype(backbone: Backbone, dtype: torch.dtype) -> Backbone:

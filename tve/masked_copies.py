@@ -14,7 +14,6 @@ class MaskedCopies:
 
     Args:
         backbone: the model, with its way to pool, in the dtype of the passes.
-        dtype: of the passes.
         memory_bytes: for the live tensors of a pass; pictures given and embeddings returned are not counted.
     """
 
@@ -33,6 +32,10 @@ class MaskedCopies:
         Raises:
             ValueError: a memory budget too small for one copy.
         """
+        size = (len(image_M), self.backbone.embed_dim)
+        embeddings_MD = torch.empty(size, dtype=torch.float32, device=images_B3SS.device)
+        if not len(image_M):
+            return embeddings_MD
         step = self.need.units_within(self.memory_bytes)
         if not step:
             needed = self.need.fixed_bytes + self.need.per_unit_bytes
@@ -40,8 +43,6 @@ class MaskedCopies:
                 f"memory_mib: expected at least {-(-needed // 2**20)} for one masked copy, got "
                 f"{self.memory_bytes / 2**20:g}"
             )
-        size = (len(image_M), self.backbone.embed_dim)
-        embeddings_MD = torch.empty(size, dtype=torch.float32, device=images_B3SS.device)
         for rows in torch.arange(len(image_M), device=images_B3SS.device).split(step):
             chosen = coalitions[rows]
             present = chosen.present() if isinstance(chosen, WindowCoalitions) else chosen
@@ -63,5 +64,5 @@ class MaskedCopies:
                 present = torch.ones(count, patches, patches, dtype=torch.bool, device=device)
                 return self._pass(picture, torch.zeros(count, dtype=torch.int64, device=device), present)
 
-            self._need = need_of(passed, few=1)
+            self._need = need_of(passed)
         return self._need

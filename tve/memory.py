@@ -1,4 +1,4 @@
-"""How much memory a computation needs at once, found by running it small: exact for any architecture.
+"""How much memory a computation needs at once, found by running it on tensors that have sizes but no memory.
 
 Live tensors are counted as PyTorch makes and frees them, in bytes of storage. What kernels use inside themselves
 (scratch of matrix products) is not seen.
@@ -6,11 +6,14 @@ Live tensors are counted as PyTorch makes and frees them, in bytes of storage. W
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -50,6 +53,16 @@ class LiveTensors(TorchDispatchMode):
         self.live_bytes -= num_bytes
 
 
+def keep_freed_pages() -> None:
+    """Lets the C library keep the pages of freed tensors below 32 MiB for the next ones, where it is glibc.
+
+    Its thresholds for handing memory back follow the largest block that was mapped and freed so far, up to 32 MiB
+    (mallopt(3), M_MMAP_THRESHOLD). Until such a block was freed, every pass may fault its pages in anew, which took up
+    to half of the time (docs/experiments.md). Nothing is written, so the block itself costs nothing.
+    """
+    torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryNeed:
     """The peak of a computation that grows with its number of units: fixed + per_unit * units, bytes."""
@@ -62,23 +75,23 @@ class MemoryNeed:
         return max(0, (num_bytes - self.fixed_bytes) // self.per_unit_bytes)
 
 
-def peak_bytes(compute: Callable[[], object]) -> int:
-    """Peak bytes of the tensors that a computation makes, its result included."""
+def peak_bytes(compute: Callable[[], object], *, fake: bool = False) -> int:
+    """Peak bytes of the tensors that a computation makes, its result included.
+
+    Args:
+        compute: takes nothing.
+        fake: with tensors that have sizes but no memory, which costs no arithmetic either; the computation must
+            then not look at values.
+    """
     live = LiveTensors()
-    with torch.no_grad(), live:
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True) if fake else nullcontext(), live:
         result = compute()
         del result
     return live.peak_bytes
 
 
-def need_of(compute: Callable[[int], object], few: int, units_each: int = 1) -> MemoryNeed:
-    """The need of `compute(count)`, from runs at `few` and 2 * `few`.
-
-    Args:
-        compute: runs on `count` items of `units_each` units.
-        few: large enough that what grows only up to a bound has reached it.
-        units_each: units of one item.
-    """
-    low, high = peak_bytes(lambda: compute(few)), peak_bytes(lambda: compute(2 * few))
-    per_unit = max(1, -(-(high - low) // (few * units_each)))
-    return MemoryNeed(max(0, low - per_unit * few * units_each), per_unit)
+def need_of(compute: Callable[[int], object], few: int = 1) -> MemoryNeed:
+    """The need of `compute(units)`, from fake runs with `few` and 2 * `few` units."""
+    low, high = (peak_bytes(partial(compute, units), fake=True) for units in (few, 2 * few))
+    per_unit = max(1, -(-(high - low) // few))
+    return MemoryNeed(max(0, low - per_unit * few), per_unit)

@@ -25,13 +25,14 @@ from tve.coalitions import Coalitions, WindowCoalitions
 from tve.kernels import Backend, Ragged, bit_words, pack_masks, pack_windows, pooled_attention
 from tve.memory import MemoryNeed, need_of, peak_bytes
 from tve.removal import Removal
-from tve.vit_blocks import HeadRows, PreNormBlock, RowsAlone, WholeBlock, add_and_norm, read_blocks
+from tve.vit_blocks import HeadRows, PreNormBlock, WholeBlock, add_and_norm, added, read_blocks
 
 # On a CPU a pass is faster when its activations stay in the caches, and when no tensor is so large that the allocator
 # hands its pages back (measured, docs/experiments.md): live bytes of one pass, and of the token bank.
 CPU_PASS_BYTES = 8 * 2**20
 CPU_BANK_BYTES = 16 * 2**20
-PROBE_ROWS = 2048
+MASKS_AT_ONCE = 4096
+PROBE_ROWS = 16384
 # The share of a memory budget that the token bank may take while it is made.
 BANK_SHARE = 0.25
 
@@ -118,32 +119,25 @@ class TokenEngine:
         Raises:
             ValueError: a memory budget too small for one coalition, or an empty coalition without a token to pool.
         """
-        coalitions, sizes_M = self._on_own_grid(coalitions)
-        if self.removal == "drop" and not pools_prefix(self.model) and bool((sizes_M == 0).any()):
-            raise ValueError(
-                "coalitions: expected at least one patch, since the model pools patch tokens; got an empty "
-                "coalition; use removal 'zero'"
-            )
-        tokens_M = sizes_M if self.removal == "drop" else torch.full_like(sizes_M, self.num_patches)
         device = images_B3SS.device
-        lengths_M, picture_M = (tokens_M + self.num_prefix).cpu(), image_M.cpu()
+        lengths_M, picture_M = self._lengths(coalitions), image_M.cpu()
         embeddings_MD = torch.empty(len(image_M), self.geometry.embed_dim, dtype=torch.float32, device=device)
         pictures_X, picture_of_M, counts_X = picture_M.unique(return_inverse=True, return_counts=True)
         by_picture_M = picture_of_M.argsort(stable=True)
         ends = [0, *counts_X.cumsum(0).tolist()]
-        together = self._pictures_together()
+        together = self._pictures_together() if len(pictures_X) else 1
         for first in range(0, len(pictures_X), together):
             last = min(first + together, len(pictures_X))
             bank = self._bank(images_B3SS[pictures_X[first:last].to(device)])
             mine = by_picture_M[ends[first] : ends[last]]
             mine = mine[lengths_M[mine].argsort(stable=True)]
             lengths = lengths_M[mine].tolist()
+            place_M, mine = (picture_of_M[mine] - first).int().to(device), mine.to(device)  # not in every pass anew
             for start, end in pairwise(self._pass_bounds(lengths, bank)):
                 chosen = mine[start:end]
                 layout = Ragged.of(lengths[start:end], device)
-                place = (picture_of_M[chosen] - first).int().to(device)
-                chosen = chosen.to(device)
-                embeddings_MD[chosen] = self._pass(bank, place, coalitions[chosen], layout)
+                embeddings_MD[chosen] = self._pass(bank, place_M[start:end], coalitions[chosen], layout)
+            del bank  # before the next one is made
         return embeddings_MD
 
     def _bank(self, images_B3SS: Tensor) -> TokenBank:
@@ -188,6 +182,8 @@ class TokenEngine:
         return torch.cat(columns, -1).reshape(batch, num_tokens, -1)
 
     def _pass(self, bank: TokenBank, image_M: Tensor, coalitions: Coalitions, layout: Ragged) -> Tensor:
+        coalitions = self._on_own_grid(coalitions)
+
         def packed(rows_BTV: Tensor, absent_NV: Tensor | None, image: Tensor) -> Tensor:
             if isinstance(coalitions, WindowCoalitions):
                 return pack_windows(
@@ -229,8 +225,8 @@ class TokenEngine:
         for number, block in enumerate(self.blocks):
             rope = (ropes[number] if len(ropes) > 1 else ropes[0]) if ropes else None
             if isinstance(block, WholeBlock):
-                x = _added(x, branch, scale)
-                branch = None
+                x = added(x, branch, scale)
+                branch = scale = None
                 x = block(x, rope, layout)
                 continue
             if number == last and self.num_pooled:
@@ -301,37 +297,52 @@ class TokenEngine:
             groups = [features for _, _, (features,) in layout.dense(normed)]
         return torch.cat([model.forward_head(features, pre_logits=True) for features in groups]).float()
 
-    def _on_own_grid(self, coalitions: Coalitions) -> tuple[Coalitions, Tensor]:
-        """The coalitions on the model's own grid, and their numbers of patches."""
-        if self.cells > 1:
-            present = coalitions.present() if isinstance(coalitions, WindowCoalitions) else coalitions
-            coalitions = present.repeat_interleave(self.cells, -2).repeat_interleave(self.cells, -1)
+    def _lengths(self, coalitions: Coalitions) -> Tensor:
+        """Tokens of each coalition's sequence, int64 [M], on the CPU."""
+        if self.removal == "zero":
+            return torch.full(coalitions.shape[:1], self.num_prefix + self.num_patches)
         if isinstance(coalitions, WindowCoalitions):
-            return coalitions, coalitions.sizes()
-        return coalitions, coalitions.flatten(1).sum(1)
+            sizes_M = coalitions.sizes()
+        else:  # a sum of bools makes integers of them first
+            sizes_M = torch.cat([part.flatten(1).sum(1) for part in coalitions.split(MASKS_AT_ONCE)])
+        if not pools_prefix(self.model) and bool((sizes_M == 0).any()):
+            raise ValueError(
+                "coalitions: expected at least one patch, since the model pools patch tokens; got an empty "
+                "coalition; use removal 'zero'"
+            )
+        return (sizes_M * self.cells**2 + self.num_prefix).cpu()
+
+    def _on_own_grid(self, coalitions: Coalitions) -> Coalitions:
+        """The coalitions of a pass, on the model's own grid."""
+        if self.cells == 1:
+            return coalitions
+        present = coalitions.present() if isinstance(coalitions, WindowCoalitions) else coalitions
+        return present.repeat_interleave(self.cells, -2).repeat_interleave(self.cells, -1)
 
     def _pictures_together(self) -> int:
-        """Of how many pictures the token bank fits."""
+        """Of how many pictures the token bank is made at once."""
+        need = self.bank_need
+        if need.fixed_bytes + need.per_unit_bytes > self.memory_bytes:
+            raise self._too_small(need.fixed_bytes + need.per_unit_bytes, "the tokens of one picture")
         share = int(self.memory_bytes * BANK_SHARE)
         if self._parameter.device.type == "cpu":
             share = min(share, CPU_BANK_BYTES)
-        return max(1, self.bank_need.units_within(share))
+        return max(1, need.units_within(share))
 
     def _pass_bounds(self, lengths: list[int], bank: TokenBank) -> list[int]:
         """Where passes begin and end in sequences of these lengths, ascending."""
-        bank_bytes = sum(part.nbytes for part in (bank.rows_BTV, bank.absent_NV) if part is not None)
-        limit = self.pass_need.units_within(self.memory_bytes - bank_bytes)
-        if self._parameter.device.type == "cpu":
-            limit = min(limit, max(CPU_PASS_BYTES // self.pass_need.per_unit_bytes, lengths[-1]))
-        if limit < lengths[-1]:
-            needed = bank_bytes + self.pass_need.fixed_bytes + lengths[-1] * self.pass_need.per_unit_bytes
-            raise ValueError(
-                f"memory_mib: expected at least {-(-needed // 2**20)} for one coalition of {lengths[-1]} tokens, got "
-                f"{self.memory_bytes / 2**20:g}"
-            )
+        parts = (bank.rows_BTV, bank.absent_NV, *bank.rope)
+        bank_bytes = sum(part.nbytes for part in parts if part is not None)
+        need, longest = self.pass_need, lengths[-1]
+        limit = need.units_within(self.memory_bytes - bank_bytes)
+        if limit < longest:
+            needed = bank_bytes + need.fixed_bytes + longest * need.per_unit_bytes
+            raise self._too_small(needed, f"one coalition of {longest} tokens")
         total = sum(lengths)
+        if self._parameter.device.type == "cpu":
+            limit = min(limit, max(CPU_PASS_BYTES // need.per_unit_bytes, longest))
         even = -(-total // -(-total // limit))  # as few passes as the limit allows, of about the same size
-        limit = min(limit, even + lengths[-1] - 1)
+        limit = min(limit, even + longest - 1)
         bounds, rows = [0], 0
         for number, length in enumerate(lengths):
             if rows + length > limit and rows:
@@ -340,46 +351,66 @@ class TokenEngine:
             rows += length
         return [*bounds, len(lengths)]
 
+    def _too_small(self, needed_bytes: int, what: str) -> ValueError:
+        return ValueError(
+            f"memory_mib: expected at least {-(-needed_bytes // 2**20)} for {what}, got {self.memory_bytes / 2**20:g}"
+        )
+
     @property
     def pass_need(self) -> MemoryNeed:
-        """Memory of a pass by its packed rows, measured on two blocks at the full length.
+        """Memory of a pass by its packed rows, by the first and the last block.
 
-        What the rows hold grows without bound, what attention needs besides (on a CPU, scores of some sequences at a
-        time) does not: the first is measured with the attention left out, the second is what is missing then.
+        What rows hold grows with them; what attention needs besides (on a CPU, the scores of some sequences at a time)
+        only up to a bound, which is taken of the length that needs most.
         """
         if self._pass_need is None:
-            length, device = self.num_prefix + self.num_patches, self._parameter.device
-            count = max(1, PROBE_ROWS // length)
-            bank = self._bank(self._pictures(1))
-
-            # Kernels in Triton's interpreter would take minutes; live tensors are the same.
-            backend: Backend = "torch" if device.type == "cpu" else self.backend
-
-            def passed(blocks: Sequence[PreNormBlock | WholeBlock], count: int) -> Tensor:
-                engine = TokenEngine(self.model, self.removal, self.geometry, self.memory_bytes, backend)
-                engine.blocks = list(blocks)
-                everything = torch.ones(count, self.grid, self.grid, dtype=torch.bool, device=device)
-                image = torch.zeros(count, dtype=torch.int32, device=device)
-                return engine._pass(bank, image, everything, Ragged.of([length] * count, device))
-
-            ends = [self.blocks[0], self.blocks[-1]]
-            rows_alone = [RowsAlone(block.block) if isinstance(block, PreNormBlock) else block for block in ends]
-            rows = need_of(lambda count: passed(rows_alone, count), few=count, units_each=length)
-            whole_bytes = peak_bytes(lambda: passed(ends, count))
-            fixed_bytes = max(rows.fixed_bytes, whole_bytes - rows.per_unit_bytes * count * length)
-            self._pass_need = MemoryNeed(fixed_bytes, rows.per_unit_bytes)
+            full, bank = self.num_prefix + self.num_patches, self._bank(self._pictures(1))
+            few, many = (_rounded(PROBE_ROWS * factor, full) for factor in (1, 2))
+            per_row = max(
+                1, -(-(self._pass_bytes(bank, many, full) - self._pass_bytes(bank, few, full)) // (many - few))
+            )
+            lengths = {full} | {length for length in (8, 16, 32, 64, 128) if length < full}
+            rows = {length: _rounded(PROBE_ROWS, length) for length in lengths}
+            fixed = max(self._pass_bytes(bank, rows[length], length) - per_row * rows[length] for length in lengths)
+            self._pass_need = MemoryNeed(max(0, fixed), per_row)
         return self._pass_need
+
+    def _pass_bytes(self, bank: TokenBank, num_rows: int, length: int) -> int:
+        """Peak bytes of a pass of sequences of one length, from its packed rows on."""
+        device, dtype = self._parameter.device, self._parameter.dtype
+        engine = TokenEngine(self.model, self.removal, self.geometry, self.memory_bytes, self.backend)
+        engine.blocks = [self.blocks[0], self.blocks[-1]]
+        layout = Ragged.of([length] * (num_rows // length), device)
+
+        def passed() -> Tensor:
+            ropes = [torch.empty((num_rows, *table.shape[1:]), dtype=table.dtype, device=device) for table in bank.rope]
+            size = (num_rows, bank.rows_BTV.shape[2])
+            normed = engine._blocks(torch.empty(size, dtype=dtype, device=device), ropes, layout)
+            return engine._pooled(normed, layout)
+
+        return peak_bytes(passed, fake=True)
 
     @property
     def bank_need(self) -> MemoryNeed:
         """Memory of making the token bank, by pictures."""
         if self._bank_need is None:
-            self._bank_need = need_of(lambda count: self._bank(self._pictures(count)), few=1)
+            self._bank_need = need_of(lambda count: self._bank(self._pictures(count)))
         return self._bank_need
 
     def _pictures(self, count: int) -> Tensor:
         size = self.geometry.image_size
         return torch.zeros(count, 3, size, size, device=self._parameter.device)
+
+
+def kernel_obstacle(model: nn.Module) -> str:
+    """Why Triton's kernels cannot serve a model that `obstacle` lets through, or "" where they can."""
+    blocks: Any = model.blocks
+    widths = {block.head_width for block in read_blocks(blocks, 0) if isinstance(block, PreNormBlock)}
+    if outside := sorted(width for width in widths if not 16 <= width <= 128):
+        return f"its heads have a width of {outside[0]}, and kernels serve 16 to 128"
+    if int(model.embed_dim) > 4096:  # type: ignore[arg-type]
+        return f"its tokens have a width of {model.embed_dim}, and kernels serve up to 4096"
+    return ""
 
 
 def obstacle(model: nn.Module, image_size: int, patches_per_side: int) -> str:
@@ -390,6 +421,10 @@ def obstacle(model: nn.Module, image_size: int, patches_per_side: int) -> str:
     stem = model.patch_embed
     if not isinstance(stem, PatchEmbed):
         return f"its stem {type(stem).__name__} lets patches see their neighbours' pixels"
+    if len(set(stem.patch_size)) != 1:
+        return f"its patches of {stem.patch_size[0]} x {stem.patch_size[1]} px are not square"
+    if not model.global_pool:
+        return "it does not pool"
     if isinstance(pool := getattr(model, "attn_pool", None), AttentionPoolLatent) and pool.pos_embed is not None:
         return "its attention pooling has positions of its own"
     size = int(stem.patch_size[0])
@@ -424,7 +459,6 @@ def _with_prefix(table_NHW: Tensor, num_prefix: int) -> Tensor:
     return torch.cat([still, table_NHW])
 
 
-def _added(x_RD: Tensor, branch_RD: Tensor | None, scale_D: Tensor | None) -> Tensor:
-    if branch_RD is None:
-        return x_RD
-    return x_RD + branch_RD if scale_D is None else torch.addcmul(x_RD, branch_RD, scale_D)
+def _rounded(num_rows: int, length: int) -> int:
+    """As many rows as make whole sequences of a length, one at least."""
+    return max(1, num_rows // length) * length

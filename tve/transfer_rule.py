@@ -74,7 +74,7 @@ def transfer(meta: MetaAttribution, head: Head, rule: TransferRule = DEFAULT_RUL
 def class_maps(meta: MetaAttribution, head: Head, target: Target, rule: TransferRule = DEFAULT_RULE) -> Tensor:
     """Attribution maps [B, P, P] of one class a picture: `transfer`, read at that class.
 
-    Of a linear head only what these classes need is computed; the maps of all classes never exist.
+    Of a linear head only these classes' maps are made; for logits nothing of the others is computed at all.
 
     Args:
         meta: exact or predicted.
@@ -85,8 +85,9 @@ def class_maps(meta: MetaAttribution, head: Head, target: Target, rule: Transfer
     Raises:
         ValueError: as `transfer` and `of_class` do.
     """
-    # A subclass of nn.Linear may compute anything, a head in another dtype rounds as it will.
-    if type(head) is not nn.Linear or head.weight.dtype != meta.full_BD.dtype:
+    # A subclass of nn.Linear may compute anything, and a head in another dtype rounds as it will.
+    dtypes = {meta.full_BD.dtype, head.weight.dtype} if type(head) is nn.Linear else set()
+    if type(head) is not nn.Linear or len(dtypes) != 1 or torch.float64 in dtypes:
         return of_class(transfer(meta, head, rule), target)
     require_head(head, meta.full_BD)
     target_B = _require_classes(target, len(meta.full_BD), head.out_features).to(meta.full_BD.device)

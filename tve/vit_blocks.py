@@ -19,8 +19,6 @@ from torch.nn import functional as F  # noqa: N812
 
 from tve.kernels import Backend, Ragged, ragged_attention, residual_norm
 
-Part = Literal["query", "key_value"]
-
 
 class HeadRows(NamedTuple):
     """Queries, keys and values of packed rows."""
@@ -37,7 +35,6 @@ class PreNormBlock:
     """
 
     def __init__(self, block: nn.Module) -> None:
-        self.block = block
         parts: Any = block
         self.norm1: nn.Module = parts.norm1
         self.norm2: nn.Module = parts.norm2
@@ -52,12 +49,15 @@ class PreNormBlock:
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block is one of those that are read here; subclasses may compute anything."""
+        """Whether the block is one of those read here: subclasses, replaced layers and hooks may do anything."""
+        attention: Any = getattr(block, "attn", None)
+        if type(block) not in (Block, EvaBlock) or type(attention) not in (Attention, AttentionRope, EvaAttention):
+            return False
         scales = (getattr(block, name, None) for name in ("ls1", "ls2"))
         return (
-            type(block) in (Block, EvaBlock)
-            and type(block.attn) in (Attention, AttentionRope, EvaAttention)
+            (attention.qkv is None or type(attention.qkv) is nn.Linear)
             and all(scale is None or type(scale) in (LayerScale, nn.Identity) for scale in scales)
+            and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
         )
 
     def widths(self) -> tuple[int, int, int]:
@@ -142,13 +142,6 @@ class PreNormBlock:
         return rotated
 
 
-class RowsAlone(PreNormBlock):
-    """A block whose rows gather nothing: what it needs without its attention."""
-
-    def attend(self, rows: HeadRows, layout: Ragged, backend: Backend) -> Tensor:
-        return torch.empty_like(rows.q_RHW, memory_format=torch.contiguous_format)
-
-
 class WholeBlock:
     """Any block of a plain transformer that maps [sequences, length, D] to the same."""
 
@@ -191,9 +184,15 @@ def add_and_norm(
             kind=kind,
             backend=backend,
         )
-    if branch_RD is not None:
-        x_RD = x_RD + branch_RD if scale_D is None else torch.addcmul(x_RD, branch_RD, scale_D)
+    x_RD = added(x_RD, branch_RD, scale_D)
     return x_RD, norm(x_RD)
+
+
+def added(x_RD: Tensor, branch_RD: Tensor | None, scale_D: Tensor | None) -> Tensor:
+    """x + scale * branch."""
+    if branch_RD is None:
+        return x_RD
+    return x_RD + branch_RD if scale_D is None else torch.addcmul(x_RD, branch_RD, scale_D)
 
 
 def _layer_scale(block: nn.Module, number: int) -> Tensor | None:

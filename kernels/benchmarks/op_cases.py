@@ -107,10 +107,10 @@ def _coalition_ops(
                 backend=backend,
             )
     else:
-        words_MV = bit_words(coalitions.flatten(1)).to(device)
+        words_MG = bit_words(coalitions.flatten(1)).to(device)
 
         def packed(backend: Backend) -> Tensor:
-            return pack_masks(source_BTV, None, image_M, words_MV, layout, num_prefix=1, backend=backend)
+            return pack_masks(source_BTV, None, image_M, words_MG, layout, num_prefix=1, backend=backend)
 
     yield OpCase("pack_windows" if is_windows else "pack_masks", name, packed, copied, 0)
 

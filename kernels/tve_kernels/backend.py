@@ -14,6 +14,8 @@ import torch
 Requested = Literal["auto", "triton", "torch"]
 Backend = Literal["triton", "torch"]
 
+# On PyPI, and with PyTorch's wheels: for ROCm, of each night, and for ROCm under its newer name.
+TRITON_NAMES = ("triton", "pytorch-triton-rocm", "pytorch-triton", "triton-rocm")
 OLDEST_TRITON = (3, 6)
 OLDEST_NVIDIA = (8, 0)  # the first with bfloat16 matrix units
 
@@ -89,8 +91,10 @@ def _obstacle(given: Facts) -> str:
 
 
 def _triton_version() -> tuple[int, int] | None:
-    try:
-        major, minor = version("triton").split(".")[:2]
-    except PackageNotFoundError:
-        return None
-    return int(major), int(minor)
+    for name in TRITON_NAMES:
+        try:
+            major, minor = version(name).split(".")[:2]
+        except PackageNotFoundError:
+            continue
+        return int(major), int(minor)
+    return None

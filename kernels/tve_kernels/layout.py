@@ -10,6 +10,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +39,11 @@ class Ragged:
         if lengths and min(lengths) < 1:
             raise ValueError(f"lengths: expected at least 1 row a sequence, got {min(lengths)}; leave it out")
         lengths_M = torch.tensor(lengths, dtype=torch.int64)
-        offsets_M1 = torch.zeros(len(lengths) + 1, dtype=torch.int32)
-        offsets_M1[1:] = lengths_M.cumsum(0)
-        sequence_R = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths_M)
+        if torch.device(device).type == "cuda":  # the host need not wait for the copy
+            lengths_M = lengths_M.pin_memory().to(device, non_blocking=True)
+        offsets_M1 = functional.pad(lengths_M.cumsum(0), (1, 0)).int()
+        sequence_M = torch.arange(len(lengths), dtype=torch.int32, device=lengths_M.device)
+        sequence_R = sequence_M.repeat_interleave(lengths_M, output_size=sum(lengths))
         runs = tuple(Run(len(list(same)), length) for length, same in groupby(lengths))
         return cls(offsets_M1.to(device), sequence_R.to(device), runs)
 

@@ -167,7 +167,8 @@ def evaluate(
             progress.update(len(samples))
     suffix = "" if params.window_mean else "_u"
     accuracy = {task: head.test_accuracy for task, head in heads.items()}
-    others = {"seconds": clock.seconds, "trained_for": trained_for}
+    backends = {removal: f"{each.choice.backend}: {each.choice.reason}" for removal, each in evaluators.items()}
+    others = {"seconds": clock.seconds, "trained_for": trained_for, "backends": backends}
     writer.finish(Facts(accuracy, "tve" + suffix, "exact_windows" + suffix, params.num_bootstrap, params.seed, others))
 
 

@@ -237,6 +237,9 @@ def test_what_does_not_agree_is_refused(backend: str) -> None:
     refused(r"branch: expected torch.float32 \[3, 20\].*\[2, 20\]", branch_RD=torch.zeros(2, 20))
     refused(r"weight: expected floats \[20\], got torch.float32 \[1, 20\]", weight_D=torch.zeros(1, 20))
     refused(r"scale: expected floats \[20\], got torch.int64", scale_D=torch.zeros(20, dtype=torch.int64))
+    for name in ("branch_RD", "scale_D", "weight_D", "bias_D"):
+        message = f"^{name.split('_')[0]}: expected cpu, as x, got meta; move it$"
+        refused(message, **{name: arguments[name].to("meta")})
     if backend == "triton":
         wide = dict.fromkeys(("branch_RD", "scale_D", "weight_D", "bias_D"))
         refused("x: expected at most 4096 columns, got 5000; use backend 'torch'", x_RD=torch.zeros(1, 5000), **wide)

@@ -324,3 +324,12 @@ def test_what_does_not_fit_together_is_refused(
     inputs = replace(given(torch.device("cpu")), **changed)
     with pytest.raises(ValueError, match=message):
         transfer_map(*inputs.tensors, patches_per_side=3, backend=backend, **{**RULE, **rule})
+
+
+@pytest.mark.parametrize("name", ["removed_BND", "full_BD", "empty_D", "weight_CD", "bias_C", "target_BK"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_on_another_device_is_refused(backend: Backend, name: str) -> None:
+    inputs = given(torch.device("cpu"))
+    inputs = replace(inputs, **{name: getattr(inputs, name).to("meta")})
+    with pytest.raises(ValueError, match=f"^{name.split('_')[0]}: expected cpu, as kept, got meta; move it$"):
+        inputs.maps(backend)

@@ -242,3 +242,12 @@ def test_what_does_not_fit_together_is_refused(backend: Backend, changed: dict[s
     inputs = replace(given(torch.device("cpu")), **changed)
     with pytest.raises(ValueError, match=message):
         window_loss(*inputs.tensors, backend=backend)
+
+
+@pytest.mark.parametrize("name", ["target_BMD", "index_BM", "norm_DD"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_on_another_device_is_refused(backend: Backend, name: str) -> None:
+    inputs = given(torch.device("cpu"))
+    inputs = replace(inputs, **{name: getattr(inputs, name).to("meta")})
+    with pytest.raises(ValueError, match=f"^{name.split('_')[0]}: expected cpu, as predicted, got meta; move it$"):
+        window_loss(*inputs.tensors, backend=backend)

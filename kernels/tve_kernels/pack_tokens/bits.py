@@ -24,12 +24,14 @@ def bit_words(present_MN: Tensor) -> Tensor:
     return words
 
 
-def present_patches(words_MV: Tensor, num_patches: int) -> Tensor:
-    """The coalitions bool [M, N] of their words int32 [M, V]."""
-    return ((words_MV[..., None] & _worth(words_MV)) != 0).flatten(1)[:, :num_patches]
+def present_patches(words_MG: Tensor, num_patches: int) -> Tensor:
+    """The coalitions bool [M, N] of their words int32 [M, G]."""
+    return ((words_MG[..., None] & _worth(words_MG)) != 0).flatten(1)[:, :num_patches]
 
 
 def _worth(like: Tensor) -> Tensor:
-    """What each bit adds to an int32: the highest is its sign, so that no sum leaves the range."""
-    worth = [1 << bit for bit in range(BITS - 1)] + [-(1 << (BITS - 1))]
-    return torch.tensor(worth, dtype=torch.int32, device=like.device)
+    """What each bit adds to an int32: the highest is its sign, so that no sum leaves the range.
+
+    Made on the device: for numbers copied there, the host would wait.
+    """
+    return torch.bitwise_left_shift(1, torch.arange(BITS, dtype=torch.int32, device=like.device))

@@ -1,6 +1,6 @@
 """Packed rows as gathers: a program works out where its rows come from, in registers, and copies them.
 
-A program has BLOCK_R consecutive packed rows, of whatever sequences, and BLOCK_W of their columns: work is even however
+A program has BLOCK_R consecutive packed rows, of whatever sequences, and BLOCK_V of their columns: work is even however
 uneven the sequences are, and nothing is loaded that is not stored.
 """
 
@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 
 ELEMENTS = 4096  # of a program: 32 a thread, eight loads of 16 bytes in float32, four in 16-bit types
 MAX_COLUMNS = 1024
@@ -16,9 +17,9 @@ MAX_COLUMNS = 1024
 
 @triton.jit
 def windows_kernel(
-    packed_RW,
-    source_BTW,
-    absent_NW,
+    packed_RV,
+    source_BTV,
+    absent_NV,
     image_M,
     centre_M,
     kept_M,
@@ -34,7 +35,7 @@ def windows_kernel(
     NUM_PREFIX: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < num_rows
@@ -71,18 +72,18 @@ def windows_kernel(
         token = tl.where(token < NUM_PREFIX, token, NUM_PREFIX + patch)
         present = valid
     _copy(
-        packed_RW, source_BTW, absent_NW, rows, image, token, present, num_rows, width,
-        source_stride_b, source_stride_t, absent_stride_n, NUM_PREFIX, ZERO, BLOCK_W,
+        packed_RV, source_BTV, absent_NV, rows, image, token, present, num_rows, width,
+        source_stride_b, source_stride_t, absent_stride_n, NUM_PREFIX, ZERO, BLOCK_V,
     )  # fmt: skip
 
 
 @triton.jit
 def masks_kernel(
-    packed_RW,
-    source_BTW,
-    absent_NW,
+    packed_RV,
+    source_BTV,
+    absent_NV,
     image_M,
-    words_MV,
+    words_MG,
     offsets_M1,
     sequence_R,
     num_rows,
@@ -94,8 +95,8 @@ def masks_kernel(
     NUM_PREFIX: tl.constexpr,
     ZERO: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    BLOCK_W: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     valid = rows < num_rows
@@ -103,19 +104,19 @@ def masks_kernel(
     image = tl.load(image_M + sequence, mask=valid, other=0)
     token = rows - tl.load(offsets_M1 + sequence, mask=valid, other=0)
     patch = token - NUM_PREFIX
-    words = words_MV + sequence.to(tl.int64) * NUM_WORDS
+    words = words_MG + sequence.to(tl.int64) * NUM_WORDS
     if ZERO:
         word = tl.load(words + patch // 32, mask=valid & (patch >= 0), other=0)
         present = (token < NUM_PREFIX) | (((word >> (patch % 32)) & 1) != 0)
     else:
         # The patch is the bit that has as many bits before it as the row has patches before it: first its word, then
         # its half, quarter, ... of the word.
-        columns = tl.arange(0, BLOCK_V)[None, :]
-        words_RV = tl.load(words[:, None] + columns, mask=valid[:, None] & (columns < NUM_WORDS), other=0)
-        counts_RV = _num_bits(words_RV.to(tl.uint32, bitcast=True))
-        passed_RV = tl.cumsum(counts_RV, axis=1) <= patch[:, None]
-        index = tl.sum(passed_RV.to(tl.int32), axis=1)
-        before = tl.sum(tl.where(passed_RV, counts_RV, 0), axis=1)
+        columns = tl.arange(0, BLOCK_G)[None, :]
+        words_RG = tl.load(words[:, None] + columns, mask=valid[:, None] & (columns < NUM_WORDS), other=0)
+        counts_RG = _num_bits(words_RG.to(tl.uint32, bitcast=True))
+        passed_RG = tl.cumsum(counts_RG, axis=1) <= patch[:, None]
+        index = tl.sum(passed_RG.to(tl.int32), axis=1)
+        before = tl.sum(tl.where(passed_RG, counts_RG, 0), axis=1)
         found = valid & (patch >= 0) & (index < NUM_WORDS)
         word = tl.load(words + index, mask=found, other=0).to(tl.uint32, bitcast=True)
         left = patch - before
@@ -129,31 +130,31 @@ def masks_kernel(
         token = tl.where(token < NUM_PREFIX, token, NUM_PREFIX + index * 32 + bit)
         present = valid
     _copy(
-        packed_RW, source_BTW, absent_NW, rows, image, token, present, num_rows, width,
-        source_stride_b, source_stride_t, absent_stride_n, NUM_PREFIX, ZERO, BLOCK_W,
+        packed_RV, source_BTV, absent_NV, rows, image, token, present, num_rows, width,
+        source_stride_b, source_stride_t, absent_stride_n, NUM_PREFIX, ZERO, BLOCK_V,
     )  # fmt: skip
 
 
 @triton.jit
 def _copy(
-    packed_RW, source_BTW, absent_NW, rows, image, token, present, num_rows, width,
+    packed_RV, source_BTV, absent_NV, rows, image, token, present, num_rows, width,
     source_stride_b, source_stride_t, absent_stride_n, NUM_PREFIX: tl.constexpr, ZERO: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """Columns of packed rows, from the picture's token where it is present, else from the blank patch."""
-    columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
-    inside_RW = (rows < num_rows)[:, None] & (columns < width)[None, :]
+    columns = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    inside_RV = (rows < num_rows)[:, None] & (columns < width)[None, :]
     from_source = image.to(tl.int64) * source_stride_b + token.to(tl.int64) * source_stride_t
-    values_RW = tl.load(
-        source_BTW + from_source[:, None] + columns[None, :], mask=inside_RW & present[:, None], other=0.0
+    values_RV = tl.load(
+        source_BTV + from_source[:, None] + columns[None, :], mask=inside_RV & present[:, None], other=0.0
     )
     if ZERO:  # two loads of which one is masked off: what is not read costs no memory traffic
         from_absent = (token - NUM_PREFIX).to(tl.int64) * absent_stride_n
-        absent_RW = tl.load(
-            absent_NW + from_absent[:, None] + columns[None, :], mask=inside_RW & ~present[:, None], other=0.0
+        absent_RV = tl.load(
+            absent_NV + from_absent[:, None] + columns[None, :], mask=inside_RV & ~present[:, None], other=0.0
         )
-        values_RW = tl.where(present[:, None], values_RW, absent_RW)
-    tl.store(packed_RW + rows.to(tl.int64)[:, None] * width + columns[None, :], values_RW, mask=inside_RW)
+        values_RV = tl.where(present[:, None], values_RV, absent_RV)
+    tl.store(packed_RV + rows.to(tl.int64)[:, None] * width + columns[None, :], values_RV, mask=inside_RV)
 
 
 @triton.jit
@@ -176,9 +177,10 @@ def tile(width: int) -> tuple[int, int]:
     return ELEMENTS // columns, columns
 
 
+@on_device_of_first
 def pack_windows(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     centre_M: Tensor,
     kept_M: Tensor,
@@ -188,14 +190,14 @@ def pack_windows(
     radius: int,
     num_prefix: int,
 ) -> Tensor:
-    source_BTW, absent_NW, packed_RW = _prepared(source_BTW, absent_NW, sequence_R)
-    if packed_RW.numel():
-        num_rows, width = packed_RW.shape
-        block_r, block_w = tile(width)
-        windows_kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(width, block_w))](
-            packed_RW,
-            source_BTW,
-            absent_NW,
+    source_BTV, absent_NV, packed_RV = _prepared(source_BTV, absent_NV, sequence_R)
+    if packed_RV.numel():
+        num_rows, width = packed_RV.shape
+        block_r, block_v = tile(width)
+        windows_kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(width, block_v))](
+            packed_RV,
+            source_BTV,
+            absent_NV,
             image_M.contiguous(),
             centre_M.contiguous(),
             kept_M.contiguous(),
@@ -203,71 +205,72 @@ def pack_windows(
             sequence_R,
             num_rows,
             width,
-            source_BTW.stride(0),
-            source_BTW.stride(1),
-            0 if absent_NW is None else absent_NW.stride(0),
+            source_BTV.stride(0),
+            source_BTV.stride(1),
+            0 if absent_NV is None else absent_NV.stride(0),
             SIDE=patches_per_side,
             RADIUS=radius,
             NUM_PREFIX=num_prefix,
-            ZERO=absent_NW is not None,
+            ZERO=absent_NV is not None,
             BLOCK_R=block_r,
-            BLOCK_W=block_w,
+            BLOCK_V=block_v,
         )
-    return packed_RW
+    return packed_RV
 
 
+@on_device_of_first
 def pack_masks(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
-    words_MV: Tensor,
+    words_MG: Tensor,
     offsets_M1: Tensor,
     sequence_R: Tensor,
     num_prefix: int,
 ) -> Tensor:
-    source_BTW, absent_NW, packed_RW = _prepared(source_BTW, absent_NW, sequence_R)
-    if packed_RW.numel():
-        num_rows, width = packed_RW.shape
-        num_words = words_MV.shape[1]
-        block_r, block_w = tile(width)
-        masks_kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(width, block_w))](
-            packed_RW,
-            source_BTW,
-            absent_NW,
+    source_BTV, absent_NV, packed_RV = _prepared(source_BTV, absent_NV, sequence_R)
+    if packed_RV.numel():
+        num_rows, width = packed_RV.shape
+        num_words = words_MG.shape[1]
+        block_r, block_v = tile(width)
+        masks_kernel[(triton.cdiv(num_rows, block_r), triton.cdiv(width, block_v))](
+            packed_RV,
+            source_BTV,
+            absent_NV,
             image_M.contiguous(),
-            words_MV.contiguous(),
+            words_MG.contiguous(),
             offsets_M1,
             sequence_R,
             num_rows,
             width,
-            source_BTW.stride(0),
-            source_BTW.stride(1),
-            0 if absent_NW is None else absent_NW.stride(0),
+            source_BTV.stride(0),
+            source_BTV.stride(1),
+            0 if absent_NV is None else absent_NV.stride(0),
             NUM_WORDS=num_words,
             NUM_PREFIX=num_prefix,
-            ZERO=absent_NW is not None,
+            ZERO=absent_NV is not None,
             BLOCK_R=block_r,
-            BLOCK_V=triton.next_power_of_2(num_words),
-            BLOCK_W=block_w,
+            BLOCK_G=triton.next_power_of_2(num_words),
+            BLOCK_V=block_v,
         )
-    return packed_RW
+    return packed_RV
 
 
-def _prepared(source_BTW: Tensor, absent_NW: Tensor | None, sequence_R: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+def _prepared(source_BTV: Tensor, absent_NV: Tensor | None, sequence_R: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
     """Inputs whose columns lie side by side, and memory for the packed rows."""
-    if source_BTW.stride(2) != 1:
-        source_BTW = source_BTW.contiguous()
-    if absent_NW is not None and absent_NW.stride(1) != 1:
-        absent_NW = absent_NW.contiguous()
-    return source_BTW, absent_NW, source_BTW.new_empty(sequence_R.shape[0], source_BTW.shape[2])
+    if source_BTV.stride(2) != 1:
+        source_BTV = source_BTV.contiguous()
+    if absent_NV is not None and absent_NV.stride(1) != 1:
+        absent_NV = absent_NV.contiguous()
+    return source_BTV, absent_NV, source_BTV.new_empty(sequence_R.shape[0], source_BTV.shape[2])
 
 
 def _case(dtype: str, num_patches: int, width: int, *, windows: bool, zero: bool) -> CompileCase:
-    block_r, block_w = tile(width)
+    block_r, block_v = tile(width)
     num_words = -(-num_patches // 32)
     signature = {
-        "packed_RW": f"*{dtype}",
-        "source_BTW": f"*{dtype}",
+        "packed_RV": f"*{dtype}",
+        "source_BTV": f"*{dtype}",
         "image_M": "*i32",
         "offsets_M1": "*i32",
         "sequence_R": "*i32",
@@ -276,18 +279,18 @@ def _case(dtype: str, num_patches: int, width: int, *, windows: bool, zero: bool
         "source_stride_b": "i32",
         "source_stride_t": "i32",
     }
-    constexprs: dict[str, int | None] = {"NUM_PREFIX": 1, "ZERO": zero, "BLOCK_R": block_r, "BLOCK_W": block_w}
+    constexprs: dict[str, int | None] = {"NUM_PREFIX": 1, "ZERO": zero, "BLOCK_R": block_r, "BLOCK_V": block_v}
     if windows:
         signature |= {"centre_M": "*i32", "kept_M": "*i1"}
         constexprs |= {"SIDE": round(num_patches**0.5), "RADIUS": 2}
     else:
-        signature |= {"words_MV": "*i32"}
-        constexprs |= {"NUM_WORDS": num_words, "BLOCK_V": triton.next_power_of_2(num_words)}
+        signature |= {"words_MG": "*i32"}
+        constexprs |= {"NUM_WORDS": num_words, "BLOCK_G": triton.next_power_of_2(num_words)}
     if zero:
-        signature |= {"absent_NW": f"*{dtype}", "absent_stride_n": "i32"}
+        signature |= {"absent_NV": f"*{dtype}", "absent_stride_n": "i32"}
     else:
-        constexprs |= {"absent_NW": None, "absent_stride_n": 0}
-    name = f"{dtype} {'windows' if windows else 'masks'} {'zero' if zero else 'drop'} N={num_patches} W={width}"
+        constexprs |= {"absent_NV": None, "absent_stride_n": 0}
+    name = f"{dtype} {'windows' if windows else 'masks'} {'zero' if zero else 'drop'} N={num_patches} V={width}"
     program = windows_kernel if windows else masks_kernel
     return CompileCase(name, program, signature, constexprs, frozenset(signature) - {"num_rows"})
 

@@ -4,14 +4,15 @@ import torch
 from torch import Tensor
 
 from tve_kernels.backend import Backend
+from tve_kernels.devices import require_one_device
 from tve_kernels.layout import Ragged
 from tve_kernels.pack_tokens import dense
 from tve_kernels.pack_tokens.bits import num_words
 
 
 def pack_windows(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     centre_M: Tensor,
     kept_M: Tensor,
@@ -22,12 +23,12 @@ def pack_windows(
     num_prefix: int,
     backend: Backend,
 ) -> Tensor:
-    """Packed rows [R, W] of coalitions that are a window, or everything but a window. For inference.
+    """Packed rows [R, V] of coalitions that are a window, or everything but a window. For inference.
 
     Args:
-        source_BTW: rows of each picture's tokens, num_prefix (class, registers) and then N = patches_per_side² patches;
-            fp32, bf16 or fp16; W is whatever is moved with a token, such as residual, q, k and v.
-        absent_NW: rows of blank patches, of the same dtype. None: absent patches are dropped, and a sequence is its
+        source_BTV: rows of each picture's tokens, num_prefix (class, registers) and then N = patches_per_side² patches;
+            fp32, bf16 or fp16; V is whatever is moved with a token, such as residual, q, k and v.
+        absent_NV: rows of blank patches, of the same dtype. None: absent patches are dropped, and a sequence is its
             prefix and its present patches in ascending order. Given: every sequence has all T tokens.
         image_M: int32, the picture of each sequence.
         centre_M: int32, the patch p * patches_per_side + q in the middle of its window, which the border clips.
@@ -37,22 +38,23 @@ def pack_windows(
         radius: of the window, in patches: 2 * radius + 1 a side.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes, dtypes or devices that do not agree.
     """
-    _require(source_BTW, absent_NW, image_M, layout, num_prefix)
-    num_patches = source_BTW.shape[1] - num_prefix
+    _require(source_BTV, absent_NV, image_M, layout, num_prefix)
+    num_patches = source_BTV.shape[1] - num_prefix
     if patches_per_side**2 != num_patches:
         raise ValueError(
-            f"source: expected {num_prefix} prefix and {patches_per_side}² patch tokens, got {source_BTW.shape[1]}"
+            f"source: expected {num_prefix} prefix and {patches_per_side}² patch tokens, got {source_BTV.shape[1]}"
         )
     if radius < 0:
         raise ValueError(f"radius: expected 0 or more, got {radius}")
     _require_tensor("centre", centre_M, torch.int32, image_M.shape)
     _require_tensor("kept", kept_M, torch.bool, image_M.shape)
+    require_one_device("source", source_BTV, {"centre": centre_M, "kept": kept_M})
     if backend == "torch":
         return dense.pack_windows(
-            source_BTW,
-            absent_NW,
+            source_BTV,
+            absent_NV,
             image_M,
             centre_M,
             kept_M,
@@ -61,9 +63,9 @@ def pack_windows(
             radius=radius,
             num_prefix=num_prefix,
         )
-    packed_RW: Tensor = _windows_op(
-        source_BTW,
-        absent_NW,
+    packed_RV: Tensor = _windows_op(
+        source_BTV,
+        absent_NV,
         image_M,
         centre_M,
         kept_M,
@@ -73,42 +75,43 @@ def pack_windows(
         radius,
         num_prefix,
     )
-    return packed_RW
+    return packed_RV
 
 
 def pack_masks(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
-    words_MV: Tensor,
+    words_MG: Tensor,
     layout: Ragged,
     *,
     num_prefix: int,
     backend: Backend,
 ) -> Tensor:
-    """Packed rows [R, W] of any coalitions, given as bits: as `pack_windows`, but N is any number of patches.
+    """Packed rows [R, V] of any coalitions, given as bits: as `pack_windows`, but N is any number of patches.
 
     Args:
-        words_MV: int32 [M, ceil(N / 32)], of `bit_words`: True where present.
+        words_MG: int32 [M, ceil(N / 32)], of `bit_words`: True where present.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree.
+        ValueError: shapes, dtypes or devices that do not agree.
     """
-    _require(source_BTW, absent_NW, image_M, layout, num_prefix)
-    expected = torch.Size((image_M.shape[0], num_words(source_BTW.shape[1] - num_prefix)))
-    _require_tensor("words", words_MV, torch.int32, expected)
+    _require(source_BTV, absent_NV, image_M, layout, num_prefix)
+    expected = torch.Size((image_M.shape[0], num_words(source_BTV.shape[1] - num_prefix)))
+    _require_tensor("words", words_MG, torch.int32, expected)
+    require_one_device("source", source_BTV, {"words": words_MG})
     if backend == "torch":
-        return dense.pack_masks(source_BTW, absent_NW, image_M, words_MV, layout, num_prefix=num_prefix)
-    packed_RW: Tensor = _masks_op(
-        source_BTW, absent_NW, image_M, words_MV, layout.offsets_M1, layout.sequence_R, num_prefix
+        return dense.pack_masks(source_BTV, absent_NV, image_M, words_MG, layout, num_prefix=num_prefix)
+    packed_RV: Tensor = _masks_op(
+        source_BTV, absent_NV, image_M, words_MG, layout.offsets_M1, layout.sequence_R, num_prefix
     )
-    return packed_RW
+    return packed_RV
 
 
 @torch.library.custom_op("tve::pack_windows", mutates_args=())
 def _windows_op(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     centre_M: Tensor,
     kept_M: Tensor,
@@ -121,8 +124,8 @@ def _windows_op(
     from tve_kernels.pack_tokens import kernel  # here alone, so that importing the package imports no Triton
 
     return kernel.pack_windows(
-        source_BTW,
-        absent_NW,
+        source_BTV,
+        absent_NV,
         image_M,
         centre_M,
         kept_M,
@@ -136,8 +139,8 @@ def _windows_op(
 
 @_windows_op.register_fake
 def _(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     centre_M: Tensor,
     kept_M: Tensor,
@@ -147,46 +150,48 @@ def _(
     radius: int,
     num_prefix: int,
 ) -> Tensor:
-    return source_BTW.new_empty(sequence_R.shape[0], source_BTW.shape[2])
+    return source_BTV.new_empty(sequence_R.shape[0], source_BTV.shape[2])
 
 
 @torch.library.custom_op("tve::pack_masks", mutates_args=())
 def _masks_op(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
-    words_MV: Tensor,
+    words_MG: Tensor,
     offsets_M1: Tensor,
     sequence_R: Tensor,
     num_prefix: int,
 ) -> Tensor:
     from tve_kernels.pack_tokens import kernel
 
-    return kernel.pack_masks(source_BTW, absent_NW, image_M, words_MV, offsets_M1, sequence_R, num_prefix)
+    return kernel.pack_masks(source_BTV, absent_NV, image_M, words_MG, offsets_M1, sequence_R, num_prefix)
 
 
 @_masks_op.register_fake
 def _(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
-    words_MV: Tensor,
+    words_MG: Tensor,
     offsets_M1: Tensor,
     sequence_R: Tensor,
     num_prefix: int,
 ) -> Tensor:
-    return source_BTW.new_empty(sequence_R.shape[0], source_BTW.shape[2])
+    return source_BTV.new_empty(sequence_R.shape[0], source_BTV.shape[2])
 
 
-def _require(source_BTW: Tensor, absent_NW: Tensor | None, image_M: Tensor, layout: Ragged, num_prefix: int) -> None:
-    if source_BTW.ndim != 3 or not source_BTW.is_floating_point():
-        raise ValueError(f"source: expected floats [B, T, W], got {source_BTW.dtype} {list(source_BTW.shape)}")
-    _, num_tokens, width = source_BTW.shape
+def _require(source_BTV: Tensor, absent_NV: Tensor | None, image_M: Tensor, layout: Ragged, num_prefix: int) -> None:
+    if source_BTV.ndim != 3 or not source_BTV.is_floating_point():
+        raise ValueError(f"source: expected floats [B, T, V], got {source_BTV.dtype} {list(source_BTV.shape)}")
+    _, num_tokens, width = source_BTV.shape
     if not 0 <= num_prefix < num_tokens:
         raise ValueError(f"num_prefix: expected 0 to {num_tokens - 1}, below the number of tokens, got {num_prefix}")
-    if absent_NW is not None:
-        _require_tensor("absent", absent_NW, source_BTW.dtype, torch.Size((num_tokens - num_prefix, width)))
+    if absent_NV is not None:
+        _require_tensor("absent", absent_NV, source_BTV.dtype, torch.Size((num_tokens - num_prefix, width)))
     _require_tensor("image", image_M, torch.int32, torch.Size((layout.offsets_M1.shape[0] - 1,)))
+    of_layout = {"layout.offsets": layout.offsets_M1, "layout.sequence": layout.sequence_R}
+    require_one_device("source", source_BTV, {"absent": absent_NV, "image": image_M, **of_layout})
 
 
 def _require_tensor(name: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) -> None:

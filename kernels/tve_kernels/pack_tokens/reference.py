@@ -7,8 +7,8 @@ from tve_kernels.layout import Ragged
 
 
 def pack_windows(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     centre_M: Tensor,
     kept_M: Tensor,
@@ -18,7 +18,7 @@ def pack_windows(
     radius: int,
     num_prefix: int,
 ) -> Tensor:
-    """Packed rows [R, W] of coalitions that are a window, or everything but a window.
+    """Packed rows [R, V] of coalitions that are a window, or everything but a window.
 
     Raises:
         ValueError: a length of the layout is not that of its sequence.
@@ -28,46 +28,46 @@ def pack_windows(
         p, q = divmod(centre, patches_per_side)
         patches = [divmod(n, patches_per_side) for n in range(patches_per_side**2)]
         coalitions.append([(max(abs(row - p), abs(column - q)) <= radius) == kept for row, column in patches])
-    return _packed(source_BTW, absent_NW, image_M, coalitions, layout, num_prefix)
+    return _packed(source_BTV, absent_NV, image_M, coalitions, layout, num_prefix)
 
 
 def pack_masks(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
-    words_MV: Tensor,
+    words_MG: Tensor,
     layout: Ragged,
     *,
     num_prefix: int,
 ) -> Tensor:
-    """Packed rows [R, W] of coalitions given as bits.
+    """Packed rows [R, V] of coalitions given as bits.
 
     Raises:
         ValueError: a length of the layout is not that of its sequence.
     """
-    patches = range(source_BTW.shape[1] - num_prefix)
-    coalitions = [[bool(words[n // 32] >> n % 32 & 1) for n in patches] for words in words_MV.tolist()]
-    return _packed(source_BTW, absent_NW, image_M, coalitions, layout, num_prefix)
+    patches = range(source_BTV.shape[1] - num_prefix)
+    coalitions = [[bool(words[n // 32] >> n % 32 & 1) for n in patches] for words in words_MG.tolist()]
+    return _packed(source_BTV, absent_NV, image_M, coalitions, layout, num_prefix)
 
 
 def _packed(
-    source_BTW: Tensor,
-    absent_NW: Tensor | None,
+    source_BTV: Tensor,
+    absent_NV: Tensor | None,
     image_M: Tensor,
     coalitions: list[list[bool]],
     layout: Ragged,
     num_prefix: int,
 ) -> Tensor:
     lengths = layout.offsets_M1.diff().tolist()
-    packed = [source_BTW[:0, 0]]
+    packed = [source_BTV[:0, 0]]
     for image, coalition, length in zip(image_M.tolist(), coalitions, lengths, strict=True):
-        tokens_TW = source_BTW[image]
-        rows = list(tokens_TW[:num_prefix])
+        tokens_TV = source_BTV[image]
+        rows = list(tokens_TV[:num_prefix])
         for n, present in enumerate(coalition):
             if present:
-                rows.append(tokens_TW[num_prefix + n])
-            elif absent_NW is not None:
-                rows.append(absent_NW[n])
+                rows.append(tokens_TV[num_prefix + n])
+            elif absent_NV is not None:
+                rows.append(absent_NV[n])
         if len(rows) != length:
             raise ValueError(f"layout: expected a sequence of {len(rows)} rows, got {length}")
         packed += [row[None] for row in rows]

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 
 STAGES = 2  # blocks of keys in flight
 
@@ -32,6 +33,7 @@ def configuration(mean_length: float, width: int) -> Configuration:
     return Configuration(64 if width <= 64 else 32, 4)
 
 
+@on_device_of_first
 def pooled_attention(q_MQHW: Tensor, k_RHW: Tensor, v_RHW: Tensor, offsets_M1: Tensor, scale: float) -> Tensor:
     """Attended values [M, Q, H, W], contiguous, in the dtype of q; the first axes of q, k, v may have any strides."""
     num_sequences, num_queries, num_heads, width = q_MQHW.shape

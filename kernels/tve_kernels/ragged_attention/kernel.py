@@ -14,6 +14,7 @@ from torch import Tensor
 from triton import knobs
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 
 STAGES = 2  # blocks of keys in flight
 
@@ -36,6 +37,7 @@ def configuration(mean_length: float, width: int, itemsize: int) -> Configuratio
     return Configuration(128, 64 if width <= 64 else 32, 8)  # wider ones with 64 keys spill on gfx942
 
 
+@on_device_of_first
 def ragged_attention(
     q_RHW: Tensor, k_RHW: Tensor, v_RHW: Tensor, offsets_M1: Tensor, sequence_R: Tensor, scale: float
 ) -> Tensor:

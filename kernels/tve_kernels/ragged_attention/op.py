@@ -15,7 +15,8 @@ def ragged_attention(
 ) -> Tensor:
     """Attended values [R, H, W] in the dtype of q: every row attends to the rows of its own sequence.
 
-    Inference only: "triton" has no gradient.
+    Inference only: "triton" has no gradient. There, a number that is not finite in k or v also spoils other sequences
+    that share a tile of the program with its own, possibly those of other pictures.
 
     Args:
         q_RHW: float32, bfloat16 or float16, as k and v; any strides, so views into one tensor [R, 3, H, W] will do.

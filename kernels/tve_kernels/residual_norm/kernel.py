@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 
 ELEMENTS = 4096  # of a program of 8 warps: 16 a thread; with 32, one case spills on one target
 
@@ -66,6 +67,7 @@ def tile(width: int) -> tuple[int, int, int]:
     return max(1, ELEMENTS // columns), columns, 8
 
 
+@on_device_of_first
 def residual_norm(
     x_RD: Tensor,
     branch_RD: Tensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tve_kernels.backend import Backend
+from tve_kernels.devices import require_one_device
 from tve_kernels.residual_norm import reference
 
 Kind = Literal["layer", "rms"]
@@ -38,8 +39,8 @@ def residual_norm(
         kind: "layer" subtracts the mean, "rms" does not.
 
     Raises:
-        ValueError: shapes or dtypes that do not agree, a scale without branch, a bias of RMSNorm, an unknown kind, or
-            more columns than the kernel can hold.
+        ValueError: shapes, dtypes or devices that do not agree, a scale without branch, a bias of RMSNorm, an unknown
+            kind, or more columns than the kernel can hold.
     """
     _require(x_RD, branch_RD, scale_D, weight_D, bias_D, kind)
     if backend == "torch":
@@ -118,3 +119,4 @@ def _require(
             raise ValueError(
                 f"{name}: expected floats {list(x_RD.shape[1:])}, got {given_D.dtype} {list(given_D.shape)}"
             )
+    require_one_device("x", x_RD, {"branch": branch_RD, "scale": scale_D, "weight": weight_D, "bias": bias_D})

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 from tve_kernels.transfer_map.reference import Output
 
 CLASSES_PER_PROGRAM = 512  # so that one picture with many classes still fills a GPU; a multiple of every tile
@@ -37,6 +38,7 @@ def target_tiling(dtype: torch.dtype, num_targets: int) -> Tiling:
     return Tiling(16 if dtype == torch.float32 else 32, classes, 64, 4, 3)
 
 
+@on_device_of_first
 def readings(
     kept_BND: Tensor,
     removed_BND: Tensor,
@@ -103,6 +105,7 @@ def readings(
     return u_BKN
 
 
+@on_device_of_first
 def log_sum_exp(rows_BND: Tensor, weight_CD: Tensor, bias_C: Tensor | None) -> Tensor:
     """Log of the summed exponentials of all C logits of each row, [B * N] float32."""
     batch_size, num_patches, width = rows_BND.shape
@@ -134,6 +137,7 @@ def log_sum_exp(rows_BND: Tensor, weight_CD: Tensor, bias_C: Tensor | None) -> T
     return part_SR.logsumexp(0)
 
 
+@on_device_of_first
 def window_mean(u_BKN: Tensor, patches_per_side: int, radius: int) -> Tensor:
     """phi [B, K, N]: the mean of u over N_r(p, q), clipped at the border."""
     phi_BKN = torch.empty_like(u_BKN)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from tve_kernels.backend import Backend
+from tve_kernels.devices import require_one_device
 from tve_kernels.transfer_map import reference
 from tve_kernels.transfer_map.reference import Output
 
@@ -52,7 +53,7 @@ def transfer_map(
         backend: "triton" or "torch".
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, a radius below 0, or an unknown output.
+        ValueError: shapes, dtypes or devices that do not fit together, a radius below 0, or an unknown output.
     """
     _check(kept_BND, removed_BND, full_BD, empty_D, weight_CD, bias_C, target_BK, patches_per_side, radius, output)
     if backend == "triton":
@@ -206,3 +207,4 @@ def _check(
             f"target: expected int64 [{batch_size}, K], got {target_BK.dtype} {list(target_BK.shape)}; "
             "give each picture its classes"
         )
+    require_one_device("kept", kept_BND, {name: tensor for name, (tensor, _) in given.items()} | {"target": target_BK})

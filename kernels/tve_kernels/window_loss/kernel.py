@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tve_kernels.compile_cases import CompileCase
+from tve_kernels.launch import on_device_of_first
 
 # One tile for both products. Their float32 operands must not be rounded, so they run outside the matrix units.
 BLOCK_R = 32
@@ -16,6 +17,7 @@ WINDOWS = 16
 COLUMNS = 128
 
 
+@on_device_of_first
 def forward(predicted_BND: Tensor, target_BMD: Tensor, index_BM: Tensor, norm_DD: Tensor) -> tuple[Tensor, Tensor]:
     """The loss, a scalar, and (predicted - target) @ norm of every draw [B * M, D], both float32."""
     predicted_BND, target_BMD, index_BM = _rows(predicted_BND), _rows(target_BMD), index_BM.contiguous()
@@ -50,6 +52,7 @@ def forward(predicted_BND: Tensor, target_BMD: Tensor, index_BM: Tensor, norm_DD
     return part.sum() / (num_rows * width), error_RE
 
 
+@on_device_of_first
 def backward(
     grad: Tensor, error_RE: Tensor, index_BM: Tensor, norm_DD: Tensor, num_windows: int, dtype: torch.dtype
 ) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tve_kernels.backend import Backend
+from tve_kernels.devices import require_one_device
 from tve_kernels.window_loss import reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,7 +29,8 @@ def window_loss(
         backend: "triton" or "torch".
 
     Raises:
-        ValueError: shapes or dtypes that do not fit together, no drawn window, or a gradient asked of target or norm.
+        ValueError: shapes, dtypes or devices that do not fit together, no drawn window, or a gradient asked of
+            target or norm.
     """
     _check(predicted_BND, target_BMD, index_BM, norm_DD)
     if backend == "torch":
@@ -103,3 +105,4 @@ def _check(predicted_BND: Tensor, target_BMD: Tensor, index_BM: Tensor, norm_DD:
             raise ValueError(f"{name}: expected float32 {shape}, got {tensor.dtype} {list(tensor.shape)}")
         if tensor.requires_grad:
             raise ValueError(f"{name}: expected a constant, got a tensor that requires a gradient; detach it")
+    require_one_device("predicted", predicted_BND, {"target": target_BMD, "index": index_BM, "norm": norm_DD})
