@@ -27,9 +27,9 @@ from tve.memory import MemoryNeed, need_of, peak_bytes
 from tve.removal import Removal
 from tve.vit_blocks import HeadRows, PreNormBlock, WholeBlock, add_and_norm, added, read_blocks
 
-# On a CPU a pass is faster when its activations stay in the caches, and when no tensor is so large that the allocator
-# hands its pages back (measured, docs/experiments.md): live bytes of one pass, and of the token bank.
-CPU_PASS_BYTES = 8 * 2**20
+# Live bytes of one pass and of the token bank on a CPU: larger ones are no faster (measured, docs/experiments.md), and
+# no tensor of theirs reaches the size from which the C library hands freed pages back.
+CPU_PASS_BYTES = 32 * 2**20
 CPU_BANK_BYTES = 16 * 2**20
 MASKS_AT_ONCE = 4096
 PROBE_ROWS = 16384
