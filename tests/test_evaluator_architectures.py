@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from tve.backbones import Backbone, load_backbone
 from tve.coalitions import WindowCoalitions, Windows
 from tve.evaluator import CoalitionEvaluator
+from tve.plain_vits import obstacle, pools_prefix
 from tve.removal import Removal, zero_pixels
-from tve.token_engine import TokenEngine, obstacle, pools_prefix
+from tve.token_engine import TokenEngine
 from tve.vit_blocks import WholeBlock
 
 GRID = 4

@@ -17,8 +17,9 @@ from tve.coalitions import Coalitions, require_coalitions, require_whole
 from tve.kernels import Choice, Requested, choose
 from tve.masked_copies import MaskedCopies
 from tve.memory import keep_freed_pages
+from tve.plain_vits import kernel_obstacle, obstacle, pools_prefix
 from tve.removal import Removal, parse_removal
-from tve.token_engine import Geometry, TokenEngine, kernel_obstacle, obstacle, pools_prefix
+from tve.token_engine import Geometry, TokenEngine
 
 Precision = Literal["float32", "bfloat16", "float16"]
 DTYPES: dict[Precision, torch.dtype] = {
@@ -67,11 +68,12 @@ class CoalitionEvaluator:
         self.device = next(backbone.model.parameters()).device
         if self.device.type == "cpu":
             keep_freed_pages()
-        self.choice = _chosen(backbone, backend, self.device)
+        reason = obstacle(backbone.model, backbone.image_size, backbone.patches_per_side)
+        self.choice = _chosen(backbone, reason, backend, self.device)
         own = _in_dtype(backbone, DTYPES[precision])
         memory_bytes = memory_mib * 2**20
         self.engine: TokenEngine | MaskedCopies
-        if reason := obstacle(own.model, backbone.image_size, backbone.patches_per_side):
+        if reason:
             if compiled:
                 raise ValueError(f"compiled: expected a plain vision transformer, got {backbone.config.name}: {reason}")
             self.engine = MaskedCopies(own, memory_bytes)
@@ -140,9 +142,9 @@ class CoalitionEvaluator:
             ValueError: images of another form than [B, 3, S, S].
         """
         self._require_images(images_B3SS)
-        patches = self.backbone.patches_per_side
-        everything = torch.ones(len(images_B3SS), 1, patches, patches, dtype=torch.bool, device=images_B3SS.device)
-        return self(images_B3SS, everything)[:, 0]
+        patches, device = self.backbone.patches_per_side, images_B3SS.device
+        everything = torch.ones(len(images_B3SS), patches, patches, dtype=torch.bool, device=device)
+        return self.engine.evaluate(images_B3SS, torch.arange(len(images_B3SS), device=device), everything)
 
     @torch.no_grad()
     def empty(self) -> Tensor:
@@ -177,14 +179,16 @@ def require_droppable(backbone: Backbone) -> None:
         )
 
 
-def _chosen(backbone: Backbone, requested: Requested, device: torch.device) -> Choice:
-    """Who runs the ops for this backbone: what its device allows, unless the kernels cannot serve the model."""
+def _chosen(backbone: Backbone, no_tokens: str, requested: Requested, device: torch.device) -> Choice:
+    """Who runs the ops for this backbone: what its device allows, unless the kernels cannot serve the model.
+
+    `no_tokens` says why the model is evaluated on masked copies, "" where it is not.
+    """
     choice = choose(requested, device)
     if choice.backend == "torch":
         return choice
     name = backbone.config.name
-    reason = obstacle(backbone.model, backbone.image_size, backbone.patches_per_side)
-    reason = f"{name} is evaluated on masked copies" if reason else kernel_obstacle(backbone.model)
+    reason = f"{name} is evaluated on masked copies" if no_tokens else kernel_obstacle(backbone.model)
     if reason and requested == "triton":
         raise ValueError(f"backend: expected a model that Triton's kernels serve, got {name}: {reason}; use 'auto'")
     return Choice("torch", reason) if reason else choice

@@ -5,6 +5,9 @@ from tve_kernels.backend import Choice as Choice
 from tve_kernels.backend import Requested as Requested
 from tve_kernels.backend import choose as choose
 from tve_kernels.layout import Ragged as Ragged
+from tve_kernels.limits import NARROWEST_HEAD as NARROWEST_HEAD
+from tve_kernels.limits import WIDEST_HEAD as WIDEST_HEAD
+from tve_kernels.limits import WIDEST_ROW as WIDEST_ROW
 from tve_kernels.pack_tokens import bit_words as bit_words
 from tve_kernels.pack_tokens import pack_masks as pack_masks
 from tve_kernels.pack_tokens import pack_windows as pack_windows

@@ -5,7 +5,7 @@ Live tensors are counted as PyTorch makes and frees them, in bytes of storage. W
 """
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -95,3 +95,24 @@ def need_of(compute: Callable[[int], object], few: int = 1) -> MemoryNeed:
     low, high = (peak_bytes(partial(compute, units), fake=True) for units in (few, 2 * few))
     per_unit = max(1, -(-(high - low) // few))
     return MemoryNeed(max(0, low - per_unit * few), per_unit)
+
+
+def even_bounds(sizes: Sequence[int], limit: int) -> list[int]:
+    """Where groups of consecutive items begin and end: as few as the limit on their sum allows, of about one size.
+
+    Args:
+        sizes: of the items, ascending, none above the limit.
+        limit: on the sum of a group.
+
+    >>> even_bounds([4, 4, 4, 4, 4], 16)
+    [0, 3, 5]
+    """
+    even = -(-sum(sizes) // -(-sum(sizes) // limit))
+    limit = min(limit, even + sizes[-1] - 1)
+    bounds, taken = [0], 0
+    for number, size in enumerate(sizes):
+        if taken + size > limit and taken:
+            bounds.append(number)
+            taken = 0
+        taken += size
+    return [*bounds, len(sizes)]

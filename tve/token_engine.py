@@ -8,22 +8,21 @@ then the blocks, of which the last computes only what the pooling reads.
 `zero`  a sequence holds all tokens, with a blank patch's row where one is absent: what the stem makes of zero pixels.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
-from timm.layers.attention_pool import AttentionPoolLatent
-from timm.layers.patch_embed import PatchEmbed
-from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from tve.coalitions import Coalitions, WindowCoalitions
 from tve.kernels import Backend, Ragged, bit_words, pack_masks, pack_windows, pooled_attention
-from tve.memory import MemoryNeed, need_of, peak_bytes
+from tve.memory import MemoryNeed, even_bounds, need_of, peak_bytes
+from tve.plain_vits import pooled_tokens, pools_prefix
 from tve.removal import Removal
 from tve.vit_blocks import HeadRows, PreNormBlock, WholeBlock, add_and_norm, added, read_blocks
 
@@ -31,10 +30,9 @@ from tve.vit_blocks import HeadRows, PreNormBlock, WholeBlock, add_and_norm, add
 # no tensor of theirs reaches the size from which the C library hands freed pages back.
 CPU_PASS_BYTES = 32 * 2**20
 CPU_BANK_BYTES = 16 * 2**20
-MASKS_AT_ONCE = 4096
-PROBE_ROWS = 16384
-# The share of a memory budget that the token bank may take while it is made.
-BANK_SHARE = 0.25
+BANK_SHARE = 0.25  # of a memory budget, which the token bank may take while it is made
+PROBE_ROWS = 16384  # packed rows by which a pass's memory is measured, on tensors without memory
+MASKS_AT_ONCE = 4096  # whose patches are counted together
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +89,7 @@ class TokenEngine:
         self.num_patches = self.grid**2
         self.cells = self.grid // geometry.patches_per_side  # tokens per side of one patch of a coalition
         self.blocks = read_blocks(model.blocks, self.num_prefix)
-        self.num_pooled = _pooled_tokens(model)
+        self.num_pooled = pooled_tokens(model)
         self._pass_need: MemoryNeed | None = None
         self._bank_need: MemoryNeed | None = None
         self._run = self._blocks
@@ -141,31 +139,27 @@ class TokenEngine:
         return embeddings_MD
 
     def _bank(self, images_B3SS: Tensor) -> TokenBank:
-        model = self.model
         images_B3SS = images_B3SS.to(self._parameter.dtype)
         if self.removal == "zero":  # behind the pictures a blank one, whose patches stand for absent ones
             images_B3SS = torch.cat([images_B3SS, torch.zeros_like(images_B3SS[:1])])
-        tokens_BTD, rope = self._embedded(images_B3SS)
-        if model.num_prefix_tokens and rope is not None:
-            rope = tuple(_with_prefix(table, self.num_prefix) for table in rope)
-        tables = rope or ()
+        tokens_BTD, tables = self._embedded(images_B3SS)
         first_rope = tables[0] if tables else None
         rows_BTV = self._first_rows(tokens_BTD, first_rope)
         if self.removal == "drop":
             return TokenBank(rows_BTV, None, tables)
         return TokenBank(rows_BTV[:-1], rows_BTV[-1, self.num_prefix :], tables)
 
-    def _embedded(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    def _embedded(self, images_B3SS: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Tokens [B, T, D] as they enter the first block, and rotary tables by token: none, one, or one a block."""
         model = self.model
         embedded = model._pos_embed(model.patch_embed(images_B3SS))
         tokens_BTD, table = embedded if isinstance(embedded, tuple) else (embedded, None)
         if table is None:
-            return model.norm_pre(tokens_BTD), None
-        tables = tuple(table) if getattr(model, "rope_mixed", False) else (table,)
-        # [N, 2 W], or with an axis of heads [H, N, 2 W], to rows of tokens.
-        return model.norm_pre(tokens_BTD), tuple(
-            each[:, None] if each.ndim == 2 else each.transpose(0, 1) for each in tables
-        )
+            return model.norm_pre(tokens_BTD), ()
+        tables = table if getattr(model, "rope_mixed", False) else (table,)
+        # timm's are of patches: [N, 2 W], or with an axis of heads [H, N, 2 W].
+        by_patch = (each[:, None] if each.ndim == 2 else each.transpose(0, 1) for each in tables)
+        return model.norm_pre(tokens_BTD), tuple(_with_prefix(each, self.num_prefix) for each in by_patch)
 
     def _first_rows(self, tokens_BTD: Tensor, rope_THW: Tensor | None) -> Tensor:
         first = self.blocks[0]
@@ -338,18 +332,9 @@ class TokenEngine:
         if limit < longest:
             needed = bank_bytes + need.fixed_bytes + longest * need.per_unit_bytes
             raise self._too_small(needed, f"one coalition of {longest} tokens")
-        total = sum(lengths)
         if self._parameter.device.type == "cpu":
             limit = min(limit, max(CPU_PASS_BYTES // need.per_unit_bytes, longest))
-        even = -(-total // -(-total // limit))  # as few passes as the limit allows, of about the same size
-        limit = min(limit, even + longest - 1)
-        bounds, rows = [0], 0
-        for number, length in enumerate(lengths):
-            if rows + length > limit and rows:
-                bounds.append(number)
-                rows = 0
-            rows += length
-        return [*bounds, len(lengths)]
+        return even_bounds(lengths, limit)
 
     def _too_small(self, needed_bytes: int, what: str) -> ValueError:
         return ValueError(
@@ -378,15 +363,15 @@ class TokenEngine:
     def _pass_bytes(self, bank: TokenBank, num_rows: int, length: int) -> int:
         """Peak bytes of a pass of sequences of one length, from its packed rows on."""
         device, dtype = self._parameter.device, self._parameter.dtype
-        engine = TokenEngine(self.model, self.removal, self.geometry, self.memory_bytes, self.backend)
-        engine.blocks = [self.blocks[0], self.blocks[-1]]
+        ends = copy.copy(self)
+        ends.blocks = [self.blocks[0], self.blocks[-1]]
         layout = Ragged.of([length] * (num_rows // length), device)
 
         def passed() -> Tensor:
             ropes = [torch.empty((num_rows, *table.shape[1:]), dtype=table.dtype, device=device) for table in bank.rope]
             size = (num_rows, bank.rows_BTV.shape[2])
-            normed = engine._blocks(torch.empty(size, dtype=dtype, device=device), ropes, layout)
-            return engine._pooled(normed, layout)
+            normed = ends._blocks(torch.empty(size, dtype=dtype, device=device), ropes, layout)
+            return ends._pooled(normed, layout)
 
         return peak_bytes(passed, fake=True)
 
@@ -400,56 +385,6 @@ class TokenEngine:
     def _pictures(self, count: int) -> Tensor:
         size = self.geometry.image_size
         return torch.zeros(count, 3, size, size, device=self._parameter.device)
-
-
-def kernel_obstacle(model: nn.Module) -> str:
-    """Why Triton's kernels cannot serve a model that `obstacle` lets through, or "" where they can."""
-    blocks: Any = model.blocks
-    widths = {block.head_width for block in read_blocks(blocks, 0) if isinstance(block, PreNormBlock)}
-    if outside := sorted(width for width in widths if not 16 <= width <= 128):
-        return f"its heads have a width of {outside[0]}, and kernels serve 16 to 128"
-    if int(model.embed_dim) > 4096:  # type: ignore[arg-type]
-        return f"its tokens have a width of {model.embed_dim}, and kernels serve up to 4096"
-    return ""
-
-
-def obstacle(model: nn.Module, image_size: int, patches_per_side: int) -> str:
-    """Why a model's tokens cannot be left out or replaced one by one, or "" where they can."""
-    name = type(model).__name__
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled, Eva):
-        return f"{name} is no plain vision transformer of timm (VisionTransformer, its distilled form, or Eva)"
-    stem = model.patch_embed
-    if not isinstance(stem, PatchEmbed):
-        return f"its stem {type(stem).__name__} lets patches see their neighbours' pixels"
-    if len(set(stem.patch_size)) != 1:
-        return f"its patches of {stem.patch_size[0]} x {stem.patch_size[1]} px are not square"
-    if not model.global_pool:
-        return "it does not pool"
-    if isinstance(pool := getattr(model, "attn_pool", None), AttentionPoolLatent) and pool.pos_embed is not None:
-        return "its attention pooling has positions of its own"
-    size = int(stem.patch_size[0])
-    if image_size % size or (image_size // size) % patches_per_side:
-        return (
-            f"its patches of {size} px make a grid of {image_size / size:g} per side, which a grid of "
-            f"{patches_per_side} does not divide"
-        )
-    return ""
-
-
-def pools_prefix(model: nn.Module) -> bool:
-    """Whether a coalition without patches still leaves tokens to pool."""
-    if int(getattr(model, "num_prefix_tokens", 0)) == 0:
-        return False
-    if getattr(model, "attn_pool", None) is not None:
-        return isinstance(model, Eva) or bool(getattr(model, "pool_include_prefix", False))
-    return getattr(model, "global_pool", None) == "token" or bool(getattr(model, "pool_include_prefix", False))
-
-
-def _pooled_tokens(model: nn.Module) -> int:
-    """How many tokens, the first of a sequence, are all that the pooling reads; 0 where it reads the patches."""
-    if getattr(model, "attn_pool", None) is not None or model.global_pool != "token":
-        return 0
-    return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
 
 def _with_prefix(table_NHW: Tensor, num_prefix: int) -> Tensor:

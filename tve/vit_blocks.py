@@ -67,37 +67,22 @@ class PreNormBlock:
 
     def query_key_value(self, normed_RD: Tensor, rope_RHW: Tensor | None) -> HeadRows:
         """Queries, keys and values [R, H, W] of normed rows, with head norms and rotary positions applied."""
+        q_RHW, k_RHW, v_RHW = self._projected(normed_RD, 0, 3)
         attention = self.attention
-        if attention.qkv is None:
-            q, k, v = (project(normed_RD) for project in (attention.q_proj, attention.k_proj, attention.v_proj))
-        else:
-            q, k, v = F.linear(normed_RD, attention.qkv.weight, self._bias()).split(self.widths(), -1)
-        q_RHW, k_RHW, v_RHW = (self._heads(rows) for rows in (q, k, v))
         return HeadRows(
             self._rotated(attention.q_norm(q_RHW), rope_RHW), self._rotated(attention.k_norm(k_RHW), rope_RHW), v_RHW
         )
 
     def query(self, normed_RD: Tensor) -> Tensor:
         """Queries [R, H, W] of rows that have no rotary position: class tokens."""
-        attention = self.attention
-        if attention.qkv is None:
-            q = attention.q_proj(normed_RD)
-        else:
-            width, bias = self.widths()[0], self._bias()
-            q = F.linear(normed_RD, attention.qkv.weight[:width], None if bias is None else bias[:width])
-        queries: Tensor = attention.q_norm(self._heads(q))
+        (q_RHW,) = self._projected(normed_RD, 0, 1)
+        queries: Tensor = self.attention.q_norm(q_RHW)
         return queries
 
     def key_value(self, normed_RD: Tensor, rope_RHW: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values [R, H, W]."""
-        attention = self.attention
-        if attention.qkv is None:
-            k, v = attention.k_proj(normed_RD), attention.v_proj(normed_RD)
-        else:
-            width, bias = self.widths()[0], self._bias()
-            rows = F.linear(normed_RD, attention.qkv.weight[width:], None if bias is None else bias[width:])
-            k, v = rows.split(self.widths()[1:], -1)
-        return self._rotated(attention.k_norm(self._heads(k)), rope_RHW), self._heads(v)
+        k_RHW, v_RHW = self._projected(normed_RD, 1, 3)
+        return self._rotated(self.attention.k_norm(k_RHW), rope_RHW), v_RHW
 
     def attend(self, rows: HeadRows, layout: Ragged, backend: Backend) -> Tensor:
         """What each row gathers from its own sequence, [R, H, W]."""
@@ -121,6 +106,20 @@ class PreNormBlock:
             rows = rows * gate(normed_RD).sigmoid()
         branch: Tensor = attention.proj(rows)
         return branch
+
+    def _projected(self, normed_RD: Tensor, first: int, last: int) -> list[Tensor]:
+        """Of q, k and v those from `first` to before `last`, [R, H, W] each."""
+        attention = self.attention
+        if attention.qkv is None:
+            rows = [
+                project(normed_RD) for project in (attention.q_proj, attention.k_proj, attention.v_proj)[first:last]
+            ]
+        else:
+            before, widths, bias = sum(self.widths()[:first]), self.widths()[first:last], self._bias()
+            columns = slice(before, before + sum(widths))
+            weight = attention.qkv.weight[columns]
+            rows = F.linear(normed_RD, weight, None if bias is None else bias[columns]).split(widths, -1)
+        return [self._heads(part) for part in rows]
 
     def _bias(self) -> Tensor | None:
         attention = self.attention

@@ -24,8 +24,8 @@ from tve.backbones import Backbone
 from tve.coalitions import Coalitions
 from tve.evaluator import CoalitionEvaluator, Precision
 from tve.kernels import Choice, Requested, choose
+from tve.plain_vits import obstacle
 from tve.removal import Removal, zero_pixels
-from tve.token_engine import obstacle
 
 SideName = Literal["masked_eager", "masked_compiled", "grouped_eager", "grouped_compiled", "evaluator"]
 SIDES: tuple[SideName, ...] = get_args(SideName)

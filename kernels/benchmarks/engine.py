@@ -22,7 +22,7 @@ from benchmarks.flops import full_pass_flops
 from benchmarks.records import Circumstances, append, circumstances, columns_of, number, red_tests, results_file
 from tve.backbones import Backbone, load_backbone
 from tve.evaluator import DTYPES, Precision
-from tve.token_engine import obstacle
+from tve.plain_vits import obstacle
 
 MODELS = (
     "vit_tiny_patch16_224",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tve_kernels.backend import Backend
 from tve_kernels.layout import Ragged
+from tve_kernels.limits import NARROWEST_HEAD, WIDEST_HEAD
 from tve_kernels.pooled_attention import pooled_attention, reference
-from tve_kernels.pooled_attention.op import NARROWEST, WIDEST
 from tve_kernels.ragged_attention.reference import ragged_attention
 
 WithinBudget = Callable[..., None]
@@ -123,7 +123,7 @@ def test_the_op_compiles_without_a_break(backend: Backend, dtype: torch.dtype, d
 def test_every_configuration_that_is_launched_is_one_that_is_proved() -> None:
     kernel = pytest.importorskip("tve_kernels.pooled_attention.kernel")
     proved = {(case.num_warps, case.constexprs["BLOCK_K"], case.constexprs["BLOCK_W"]) for case in kernel.CASES}
-    for width in range(NARROWEST, WIDEST + 1):
+    for width in range(NARROWEST_HEAD, WIDEST_HEAD + 1):
         for mean_length in (1, 21, 32, 32.5, 197, 1370):
             chosen = kernel.configuration(mean_length, width)
             assert (chosen.num_warps, chosen.BLOCK_K, 1 << (width - 1).bit_length()) in proved

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tve_kernels.backend import Backend
 from tve_kernels.layout import Ragged
+from tve_kernels.limits import NARROWEST_HEAD, WIDEST_HEAD
 from tve_kernels.ragged_attention import dense, ragged_attention, reference
-from tve_kernels.ragged_attention.op import NARROWEST, WIDEST
 
 WithinBudget = Callable[..., None]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -136,7 +136,7 @@ def test_every_configuration_that_is_launched_is_one_that_is_proved() -> None:
         (case.num_warps, *(case.constexprs[name] for name in ("BLOCK_Q", "BLOCK_K", "BLOCK_W")), "fp32" in case.name)
         for case in kernel.CASES
     }
-    for width in range(NARROWEST, WIDEST + 1):
+    for width in range(NARROWEST_HEAD, WIDEST_HEAD + 1):
         for mean_length in (1, 21, 64, 64.5, 197, 1370):
             for itemsize in (2, 4):
                 chosen = kernel.configuration(mean_length, width, itemsize)

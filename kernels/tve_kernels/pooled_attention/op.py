@@ -5,9 +5,8 @@ from torch import Tensor
 
 from tve_kernels.backend import Backend
 from tve_kernels.layout import Ragged
+from tve_kernels.limits import require_heads
 from tve_kernels.pooled_attention import dense
-
-NARROWEST, WIDEST = 16, 128
 
 
 def pooled_attention(
@@ -30,7 +29,7 @@ def pooled_attention(
     _require(q_MQHW, k_RHW, v_RHW, layout)
     if backend == "torch":
         return dense.pooled_attention(q_MQHW, k_RHW, v_RHW, layout, scale=scale)
-    _require_kernel(q_MQHW)
+    require_heads(q_MQHW)
     attended_MQHW: Tensor = _pooled_attention(q_MQHW, k_RHW, v_RHW, layout.offsets_M1, scale)
     return attended_MQHW
 
@@ -65,10 +64,3 @@ def _require(q_MQHW: Tensor, k_RHW: Tensor, v_RHW: Tensor, layout: Ragged) -> No
             f"layout: expected its tensors on {q_MQHW.device}, as q, got them on {layout.offsets_M1.device}; "
             "make it with Ragged.of(lengths, device)"
         )
-
-
-def _require_kernel(q_MQHW: Tensor) -> None:
-    if q_MQHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q: expected float32, bfloat16 or float16, got {q_MQHW.dtype}; use the backend 'torch'")
-    if not NARROWEST <= q_MQHW.shape[3] <= WIDEST:
-        raise ValueError(f"q: expected heads of width 16 to 128, got {q_MQHW.shape[3]}; use the backend 'torch'")

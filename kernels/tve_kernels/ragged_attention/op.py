@@ -5,9 +5,8 @@ from torch import Tensor
 
 from tve_kernels.backend import Backend
 from tve_kernels.layout import Ragged
+from tve_kernels.limits import require_heads
 from tve_kernels.ragged_attention import dense
-
-NARROWEST, WIDEST = 16, 128
 
 
 def ragged_attention(
@@ -30,7 +29,7 @@ def ragged_attention(
     _require(q_RHW, k_RHW, v_RHW, layout)
     if backend == "torch":
         return dense.ragged_attention(q_RHW, k_RHW, v_RHW, layout, scale=scale)
-    _require_kernel(q_RHW)
+    require_heads(q_RHW)
     attended_RHW: Tensor = _ragged_attention(q_RHW, k_RHW, v_RHW, layout.offsets_M1, layout.sequence_R, scale)
     return attended_RHW
 
@@ -65,10 +64,3 @@ def _require(q_RHW: Tensor, k_RHW: Tensor, v_RHW: Tensor, layout: Ragged) -> Non
             f"layout: expected its tensors on {q_RHW.device}, as q, got them on {layout.offsets_M1.device}; "
             "make it with Ragged.of(lengths, device)"
         )
-
-
-def _require_kernel(q_RHW: Tensor) -> None:
-    if q_RHW.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q: expected float32, bfloat16 or float16, got {q_RHW.dtype}; use the backend 'torch'")
-    if not NARROWEST <= q_RHW.shape[2] <= WIDEST:
-        raise ValueError(f"q: expected heads of width 16 to 128, got {q_RHW.shape[2]}; use the backend 'torch'")

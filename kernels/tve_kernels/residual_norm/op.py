@@ -7,11 +7,10 @@ from torch import Tensor
 
 from tve_kernels.backend import Backend
 from tve_kernels.devices import require_one_device
+from tve_kernels.limits import WIDEST_ROW
 from tve_kernels.residual_norm import reference
 
 Kind = Literal["layer", "rms"]
-
-MAX_WIDTH = 4096  # a row lies in the registers of one program
 
 
 def residual_norm(
@@ -45,8 +44,8 @@ def residual_norm(
     _require(x_RD, branch_RD, scale_D, weight_D, bias_D, kind)
     if backend == "torch":
         return reference.residual_norm(x_RD, branch_RD, scale_D, weight_D, bias_D, eps=eps, kind=kind)
-    if x_RD.shape[1] > MAX_WIDTH:
-        raise ValueError(f"x: expected at most {MAX_WIDTH} columns, got {x_RD.shape[1]}; use backend 'torch'")
+    if x_RD.shape[1] > WIDEST_ROW:
+        raise ValueError(f"x: expected at most {WIDEST_ROW} columns, got {x_RD.shape[1]}; use backend 'torch'")
     if branch_RD is None:
         return x_RD, _norm_op(x_RD, weight_D, bias_D, eps, kind == "rms")
     rows: tuple[Tensor, Tensor] = _residual_norm_op(x_RD, branch_RD, scale_D, weight_D, bias_D, eps, kind == "rms")
