@@ -50,6 +50,7 @@ def test_on_a_cpu_a_launcher_is_what_it_was() -> None:
     assert (doubled.__name__, doubled.__doc__) == ("doubled", "Twice the first.")
 
 
+@pytest.mark.two_gpus
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_the_second_gpu_is_current_while_its_program_starts() -> None:
     current = on_device_of_first(lambda _: torch.cuda.current_device())
