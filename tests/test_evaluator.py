@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from tve.backbones import Backbone, load_backbone
 from tve.coalitions import WindowCoalitions, Windows
-from tve.evaluator import CoalitionEvaluator, Precision
+from tve.evaluator import CoalitionEvaluator
 from tve.kernels import Choice
 from tve.memory import MemoryNeed, peak_bytes
+from tve.precision import Precision
 from tve.removal import Removal, zero_pixels
 
 SIZE = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}

@@ -142,7 +142,7 @@ def short_run(
         evaluate_every=20,
         checkpoint_every=20,
         seed=0,
-        bfloat16=False,
+        precision="float32",
     )
 
     def batches(start_step: int) -> Iterator[PictureBatch]:

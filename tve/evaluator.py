@@ -7,7 +7,6 @@ ones for the same call.
 """
 
 import copy
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,15 +17,9 @@ from tve.kernels import Choice, Requested, choose
 from tve.masked_copies import MaskedCopies
 from tve.memory import keep_freed_pages
 from tve.plain_vits import kernel_obstacle, obstacle, pools_prefix
+from tve.precision import RequestedPrecision, choose_precision
 from tve.removal import Removal, parse_removal
 from tve.token_engine import Geometry, TokenEngine
-
-Precision = Literal["float32", "bfloat16", "float16"]
-DTYPES: dict[Precision, torch.dtype] = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
 
 
 class CoalitionEvaluator:
@@ -37,7 +30,8 @@ class CoalitionEvaluator:
         removal: "zero" or "drop".
         memory_mib: budget for the live tensors of an evaluation, MiB; pictures and coalitions given, and embeddings
             returned, are not counted.
-        precision: the arithmetic of the passes; embeddings come back in float32 either way.
+        precision: the arithmetic of the passes, "auto" for the fastest that the device has; `arithmetic` says which and
+            why. Embeddings come back in float32 either way.
         backend: "triton", "torch", or "auto", which takes Triton's kernels on a GPU; `choice` says which and why.
         compiled: whether torch.compile fuses what lies between the kernels; the first pass then takes a minute.
 
@@ -52,14 +46,12 @@ class CoalitionEvaluator:
         removal: Removal,
         *,
         memory_mib: int = 512,
-        precision: Precision = "float32",
+        precision: RequestedPrecision = "float32",
         backend: Requested = "auto",
         compiled: bool = False,
     ) -> None:
         if parse_removal(removal) == "drop":
             require_droppable(backbone)
-        if precision not in DTYPES:
-            raise ValueError(f"precision: expected one of {list(DTYPES)}, got {precision!r}")
         require_whole("memory_mib", memory_mib)
         if memory_mib < 1:
             raise ValueError(f"memory_mib: expected at least 1, got {memory_mib}")
@@ -70,7 +62,8 @@ class CoalitionEvaluator:
             keep_freed_pages()
         reason = obstacle(backbone.model, backbone.image_size, backbone.patches_per_side)
         self.choice = _chosen(backbone, reason, backend, self.device)
-        own = _in_dtype(backbone, DTYPES[precision])
+        self.arithmetic = choose_precision(precision, self.device)
+        own = _in_dtype(backbone, self.arithmetic.dtype)
         memory_bytes = memory_mib * 2**20
         self.engine: TokenEngine | MaskedCopies
         if reason:

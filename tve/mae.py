@@ -17,7 +17,7 @@ from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from tve.digests import file_sha256
-from tve.evaluator import Precision
+from tve.precision import RequestedPrecision, choose_precision
 from tve.two_networks import PatchTransformer, TwoNetworks, TwoNetworksConfig
 
 # Parts of an MAE checkpoint that a network which sees whole pictures and predicts no pixels has no place for.
@@ -106,7 +106,7 @@ def pretrain_mae(
     *,
     weight_decay: float = 0.05,
     warmup_steps: int = 0,
-    precision: Precision = "float32",
+    precision: RequestedPrecision = "float32",
     seed: int = 0,
 ) -> list[float]:
     """Trains a masked autoencoder where it lies: AdamW, linear warm-up, cosine decay to 0. Reads no label.
@@ -126,6 +126,7 @@ def pretrain_mae(
         ValueError: too few batches, a ratio outside (0, 1), or a loss that is not finite, named by its step.
     """
     device = mae.mask_token.device
+    arithmetic = choose_precision(precision, device)
     optimizer = _optimizer(mae, learning_rate, weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, num_steps, warmup_steps))
     generator = torch.Generator().manual_seed(seed)
@@ -137,7 +138,7 @@ def pretrain_mae(
             raise ValueError(f"batches: expected {num_steps}, got {step}; repeat the pictures")
         images = images.to(device)
         present = random_present(len(images), mae.network.num_patches, mask_ratio, generator).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+        with torch.autocast(device.type, arithmetic.dtype, enabled=arithmetic.precision != "float32"):
             loss = mae.loss(images, present)
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):

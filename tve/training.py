@@ -35,6 +35,7 @@ from tve.objective import (
     trivial_answers,
 )
 from tve.pictures import PictureBatch
+from tve.precision import RequestedPrecision, choose_precision
 
 LOG_EVERY = 10
 Row = dict[str, float | int | None]
@@ -53,7 +54,7 @@ class TrainingConfig:
     evaluate_every: int
     checkpoint_every: int
     seed: int
-    bfloat16: bool
+    precision: RequestedPrecision
     whitening_floor: float | None = None  # see `tve.objective.target_scale`
 
 
@@ -178,7 +179,8 @@ def _step(
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     centres = draw_centres(len(images), explainer.family.num_coalitions, config.centres_per_image, generator)
     targets = _targets(evaluator, explainer, images, centres.to(images.device))
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.bfloat16):
+    arithmetic = choose_precision(config.precision, images.device)
+    with torch.autocast(images.device.type, arithmetic.dtype, enabled=arithmetic.precision != "float32"):
         predicted = explainer(images)
     kept_loss, removed_loss = regression_loss(predicted, targets, scale)
     loss = kept_loss + removed_loss

@@ -22,9 +22,10 @@ from torch.nn import functional
 from benchmarks.cases import masks
 from tve.backbones import Backbone
 from tve.coalitions import Coalitions
-from tve.evaluator import CoalitionEvaluator, Precision
+from tve.evaluator import CoalitionEvaluator
 from tve.kernels import Choice, Requested, choose
 from tve.plain_vits import obstacle
+from tve.precision import Precision
 from tve.removal import Removal, zero_pixels
 
 SideName = Literal["masked_eager", "masked_compiled", "grouped_eager", "grouped_compiled", "evaluator"]

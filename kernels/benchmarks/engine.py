@@ -21,8 +21,8 @@ from benchmarks.compare import Known, Measured, measure_case
 from benchmarks.flops import full_pass_flops
 from benchmarks.records import Circumstances, append, circumstances, columns_of, number, red_tests, results_file
 from tve.backbones import Backbone, load_backbone
-from tve.evaluator import DTYPES, Precision
 from tve.plain_vits import obstacle
+from tve.precision import DTYPES, Precision, has_bfloat16
 
 MODELS = (
     "vit_tiny_patch16_224",
@@ -195,7 +195,7 @@ def _settings(asked: argparse.Namespace) -> Settings:
         device=device,
         models=tuple(asked.models),
         radii=tuple(asked.radii),
-        dtypes=tuple(asked.dtypes),
+        dtypes=tuple(asked.dtypes or (("bfloat16", "float32") if has_bfloat16(device) else ("float32",))),
         cases=tuple(asked.cases),
         sides=tuple(asked.sides),
         rounds=asked.rounds,
@@ -208,7 +208,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--models", nargs="+", default=MODELS, help="timm names; random weights")
     parser.add_argument("--radii", nargs="+", type=int, default=(1, 2), help="of the windows, patches")
-    parser.add_argument("--dtypes", nargs="+", choices=get_args(Precision), default=("bfloat16", "float32"))
+    parser.add_argument("--dtypes", nargs="+", choices=get_args(Precision), help="by default those with own products")
     parser.add_argument("--cases", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
     parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed")

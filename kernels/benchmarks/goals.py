@@ -27,21 +27,17 @@ from benchmarks.flops import full_pass_flops
 from benchmarks.measure import paired_seconds, peak_mib, resident_mib, speedup
 from tve.backbones import Backbone, load_backbone
 from tve.coalitions import WindowCoalitions, Windows, random_halves
-from tve.evaluator import DTYPES, CoalitionEvaluator, Precision
+from tve.evaluator import CoalitionEvaluator
 from tve.memory import peak_bytes
+from tve.precision import DTYPES, Precision, choose_precision
 from tve.removal import Removal, zero_pixels
 from tve_kernels.compile_proof import OPS, TARGETS, prove
 from tve_pipeline.goal_lines import Goals
 
 ROOT = Path(__file__).resolve().parents[2]
 RADIUS = 2
-PRECISION: Precision = "bfloat16"
+ON_GPU_PRECISION: Precision = "bfloat16"
 KEPT_OVER_A = {"vit_tiny_patch16_224": 9.5, "vit_small_patch16_224": 9.0}
-ON_CPU: tuple[tuple[str, Precision], ...] = (
-    ("vit_tiny_patch16_224", "bfloat16"),
-    ("vit_small_patch16_224", "bfloat16"),
-    ("vit_tiny_patch16_224", "float32"),
-)
 OVER_A: dict[CaseName, float] = {"pairs": 2.1, "half": 2.2}
 DROP_CASES: tuple[CaseName, ...] = ("kept", "removed", "pairs", "half", "fidelity")
 ON_GPU_MODEL = "vit_base_patch16_224"
@@ -113,7 +109,7 @@ def memory(goals: Goals, device: torch.device, rounds: int) -> None:
         WindowCoalitions(Windows(14, RADIUS), centre, torch.arange(56, device=device).expand_as(centre) < 28),
     )
     embeddings_mib = num_pictures * 56 * backbone.embed_dim * 4 / 2**20
-    make = functools.partial(CoalitionEvaluator, backbone, "drop", precision=PRECISION)
+    make = functools.partial(CoalitionEvaluator, backbone, "drop", precision="auto")
     budgeted, unlimited = make(memory_mib=mib), make(memory_mib=2**20)
     if device.type == "cpu":
         make(memory_mib=mib)(*given)  # what libraries load once is not the evaluator's
@@ -136,7 +132,7 @@ def stream(goals: Goals, device: torch.device, *, skip: bool) -> None:
     growth: float | None = None
     if not skip:
         backbone = load_backbone("vit_tiny_patch16_224", "random").to(device)
-        evaluator = CoalitionEvaluator(backbone, "drop", precision=PRECISION)
+        evaluator = CoalitionEvaluator(backbone, "drop", precision="auto")
         windows, generator = Windows(14, RADIUS), torch.Generator().manual_seed(0)
         images = torch.randn(STREAM_BATCH, 3, 224, 224, generator=generator).to(device)
         kept = torch.ones(STREAM_BATCH, 2, dtype=torch.bool, device=device)
@@ -151,7 +147,7 @@ def stream(goals: Goals, device: torch.device, *, skip: bool) -> None:
 
 
 def speed_on_a_cpu(goals: Goals, device: torch.device, rounds: int) -> None:
-    for model, precision in ON_CPU:
+    for model, precision in cpu_cases(device):
         found: Mapping[CaseName, Mapping[SideName, Measured]] = {}
         if device.type == "cpu":
             names: tuple[SideName, ...] = ("masked_eager", "grouped_eager", "grouped_compiled", "evaluator")
@@ -164,15 +160,23 @@ def speed_on_a_cpu(goals: Goals, device: torch.device, rounds: int) -> None:
             goals.at_least(f"CPU, {model}, {precision}, {name} over (c)", ratio.get("c"), 1.06, "x")
 
 
+def cpu_cases(device: torch.device) -> list[tuple[str, Precision]]:
+    """Models and the arithmetic in which all sides run: the CPU's fastest, and float32 besides for the smallest."""
+    fastest = choose_precision("auto", device if device.type == "cpu" else torch.device("cpu")).precision
+    smallest, *_ = KEPT_OVER_A
+    found: list[tuple[str, Precision]] = [(model, fastest) for model in KEPT_OVER_A]
+    return found if fastest == "float32" else [*found, (smallest, "float32")]
+
+
 def speed_on_a_gpu(goals: Goals, device: torch.device, rounds: int) -> None:
     found: Mapping[CaseName, Mapping[SideName, Measured]] = {}
     share: float | None = None
     if device.type == "cuda":
         names: tuple[SideName, ...] = ("masked_compiled", "grouped_eager", "grouped_compiled", "evaluator")
-        found = timed_cases(ON_GPU_MODEL, PRECISION, ("zero", "kept", "pairs"), names, device, rounds)
-        backbone = load_backbone(ON_GPU_MODEL, "random").to(device=device, dtype=DTYPES[PRECISION])
+        found = timed_cases(ON_GPU_MODEL, ON_GPU_PRECISION, ("zero", "kept", "pairs"), names, device, rounds)
+        backbone = load_backbone(ON_GPU_MODEL, "random").to(device=device, dtype=DTYPES[ON_GPU_PRECISION])
         nominal = full_pass_flops(backbone) * 1e-9
-        share = nominal * found["zero"]["evaluator"].rate.p50 / ceiling_gflops(device, DTYPES[PRECISION])
+        share = nominal * found["zero"]["evaluator"].rate.p50 / ceiling_gflops(device, DTYPES[ON_GPU_PRECISION])
     for name, letter, bar in (
         ("zero", "b", 1.08),
         ("kept", "b", 8.0),

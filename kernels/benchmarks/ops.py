@@ -18,7 +18,7 @@ import torch
 from benchmarks.baselines import compiled
 from benchmarks.op_cases import OpCase, Sizes, op_cases
 from benchmarks.records import append, circumstances, columns_of, number, red_tests, results_file
-from tve.evaluator import DTYPES, Precision
+from tve.precision import DTYPES, Precision
 
 Form = Literal["kernel", "compiled", "eager"]
 OPS = (

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from tve.precision import has_bfloat16
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "kernels" / "results"
 TESTS = ("tests/kernels", "tests/test_evaluator.py", "tests/test_evaluator_architectures.py")
@@ -54,15 +56,18 @@ def circumstances(device: torch.device, commit: str | None = None) -> Circumstan
 
 
 def machine(device: torch.device) -> str:
-    """The GPU's or the processor's own name."""
+    """The GPU's or the processor's own name, and of a processor the widest vectors that PyTorch uses on it."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     description = Path("/proc/cpuinfo")
     if description.is_file() and (
         found := re.search(r"^model name\s*:\s*(.+)$", description.read_text(), re.MULTILINE)
     ):
-        return found[1].strip()
-    return platform.processor() or platform.machine()
+        name = found[1].strip()
+    else:
+        name = platform.processor() or platform.machine()
+    bfloat16 = ", bfloat16" if has_bfloat16(device) else ""
+    return f"{name} ({torch.backends.cpu.get_cpu_capability()}{bfloat16})"
 
 
 def results_file(kind: str, device: torch.device) -> Path:

@@ -19,6 +19,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tve.precision import choose_precision
+
 MIN_KEPT_PATCHES = 4
 WARP_CELL_PIXELS = 8
 
@@ -64,6 +66,7 @@ def train_backbone(
     """
     transformer = _require_trainable(model, images_M3SS, labels_M, config)
     device = next(model.parameters()).device
+    arithmetic = choose_precision("auto", device)
     generator = torch.Generator().manual_seed(config.seed)
     optimizers = _optimizers(transformer, config)
     batches = _batches(len(images_M3SS), config.batch_size, generator)
@@ -81,7 +84,7 @@ def train_backbone(
             if not finishing:
                 images = warp(images, config.warp_pixels, generator)
             kept_BK = draw_kept(len(batch), num_patches, finishing, config, generator)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, arithmetic.dtype, enabled=arithmetic.precision != "float32"):
                 logits = classify_kept(transformer, images.to(device), None if kept_BK is None else kept_BK.to(device))
             loss = nn.functional.cross_entropy(
                 logits.float(), labels_M[batch].to(device), label_smoothing=config.label_smoothing

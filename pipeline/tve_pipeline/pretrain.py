@@ -18,6 +18,7 @@ from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer, ExplainerConfig
 from tve.mae import MaskedAutoencoder, initialise_from_file, initialise_from_mae, pretrain_mae
 from tve.pictures import ordered_batches, training_batches
+from tve.precision import RequestedPrecision
 from tve.removal import Removal
 from tve.shards import Shards
 from tve.training import TrainingConfig, TrainingResult, pretrain, write_training_rows
@@ -96,7 +97,7 @@ class PretrainParams(Section):
     checkpoint_every: Count
     num_evaluation_pictures: Count
     memory_mib: Count
-    precision: Literal["bfloat16", "float32"]
+    precision: RequestedPrecision
     augment: bool
     seed: Seed
     mae: MaeParams | None
@@ -206,7 +207,7 @@ def run(
         checkpoint_every=params.checkpoint_every,
         seed=params.seed,
         whitening_floor=params.whitening_floor,
-        bfloat16=params.precision == "bfloat16",
+        precision=params.precision,
     )
     return pretrain(
         explainer,

@@ -10,7 +10,7 @@ from benchmarks.baselines import sides
 from benchmarks.cases import Amounts, case, masks
 from benchmarks.flops import _attention_flops, flops, full_pass_flops
 from tve.backbones import Backbone, load_backbone
-from tve.evaluator import DTYPES, Precision
+from tve.precision import DTYPES, Precision
 
 D, N, DEPTH, PIXELS = 32, 16, 3, 8 * 8 * 3  # of the model `tiny`
 STEM = 2 * N * PIXELS * D
