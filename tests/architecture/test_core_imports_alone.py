@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-ABSENT = ("dvc", "prefect", "webdataset", "captum", "pydantic", "jinja2", "matplotlib", "sklearn", "triton")
+ABSENT = ("dvc", "prefect", "webdataset", "captum", "pydantic", "jinja2", "matplotlib", "scipy", "sklearn", "triton")
 PROGRAM = """
 import importlib, pathlib, sys
 for name in sys.argv[1].split(","):

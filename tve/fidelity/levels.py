@@ -28,7 +28,7 @@ def nested_levels(scores_MPP: Tensor, fractions: Sequence[float]) -> Tensor:
         raise ValueError(f"maps: expected finite scores, got {num_bad} that are not")
     patches_per_side = scores_MPP.shape[-1]
     sizes = level_sizes(fractions, patches_per_side**2)
-    rank_MN = _ranks(scores_MPP.flatten(1))
+    rank_MN = ranks(scores_MPP.flatten(1))
     sizes_F = torch.tensor(sizes, device=scores_MPP.device)
     return (rank_MN[:, None] < sizes_F[:, None]).reshape(-1, len(sizes), patches_per_side, patches_per_side)
 
@@ -52,7 +52,7 @@ def level_sizes(fractions: Sequence[float], num_patches: int) -> tuple[int, ...]
     return sizes
 
 
-def _ranks(scores_MN: Tensor) -> Tensor:
+def ranks(scores_MN: Tensor) -> Tensor:
     """The place [M, N] of each patch in its map's order, 0 for the highest score."""
     tie_order_N = torch.tensor(_tie_order(scores_MN.shape[1]), device=scores_MN.device)
     order_MN = tie_order_N[scores_MN[:, tie_order_N].argsort(dim=1, descending=True, stable=True)]

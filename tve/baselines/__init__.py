@@ -1,0 +1,1 @@
+"""What TVE is compared with: other explanation methods, behind one interface (`tve.baselines.method`)."""
