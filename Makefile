@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 
-.PHONY: help venv repro test lint types profile flow graph lock proof bench goals-engine goals-main clean
+.PHONY: help venv repro test lint types profile flow graph lock proof bench goals-engine goals-evaluation goals-main clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -65,6 +65,9 @@ bench: $(READY) ## time the coalition engine beside plain PyTorch; appends rows 
 
 goals-engine: $(READY) ## measure what the coalition engine promises; about half an hour on two cores
 	python -m benchmarks.goals
+
+goals-evaluation: $(READY) ## measure how faithful TVE is beside other methods, on 50 pictures; FULL=1: on all
+	python -m tve_pipeline.goals_evaluation $(if $(FULL),--full)
 
 goals-main: $(READY) ## measure what the main job promises; about 20 minutes: clones, installs, runs everything
 	python -m tve_pipeline.goals main

@@ -14,15 +14,24 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():  # before anything imports Triton: kernels then run in its interpreter
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-MISSING = [name for name in ("dvc", "prefect", "pydantic", "webdataset") if find_spec(name) is None]
+MISSING = [
+    name for name in ("captum", "dvc", "prefect", "pydantic", "sklearn", "webdataset") if find_spec(name) is None
+]
 NEED_THE_PIPELINE = [
     "architecture/test_profiles_share_one_graph.py",
     "architecture/test_stage_dependencies.py",
+    "baselines",
+    "fidelity/test_detection.py",
+    "fidelity/test_road.py",
+    "fidelity/test_robustness.py",
+    "fidelity/test_sanity.py",
     "test_backbone_training.py",
     "test_check.py",
     "test_entry.py",
-    "test_evaluate.py",
+    "test_evaluation.py",
+    "test_goals_evaluation.py",
     "test_heads.py",
+    "test_methods.py",
     "test_params.py",
     "test_report.py",
     "test_shards.py",

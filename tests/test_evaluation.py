@@ -1,7 +1,8 @@
-"""The stage `evaluate` on a few scenes: its files agree with one another and with what the library computes."""
+"""Evaluation of a few scenes, method by method, and their comparison: files agree with what the library computes."""
 
 import csv
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import nn
 
 from tve.backbones import Backbone, load_backbone
+from tve.baselines.method import Method
+from tve.baselines.readings import Controls, OwnHead, reading_of_explainer, reading_of_windows
 from tve.digests import file_sha256
 from tve.explainer import Explainer, ExplainerConfig
 from tve.heads import save_head
+from tve.samples import decode_image
 from tve.shards import Shards
-from tve_pipeline.evaluate import EvaluateParams, TaskHead, batches, evaluate, load_task_heads
-from tve_pipeline.evaluate_results import object_patches
+from tve.transfer_rule import TransferRule
+from tve_pipeline.compare import MEASURES, CompareParams, compare
+from tve_pipeline.evaluate_measures import EvaluateParams, TaskHead, object_patches
+from tve_pipeline.evaluate_parts import Parts
+from tve_pipeline.evaluate_results import write_results
+from tve_pipeline.evaluation import batches, evaluate, load_task_heads, make_evaluators
 from tve_pipeline.outputs import write_json
 from tve_pipeline.params import ScenesDataset
 from tve_pipeline.scenes import PATCH_SIZE, PATCHES_PER_SIDE, TASKS, scene
@@ -36,13 +43,16 @@ PARAMS = EvaluateParams(
     output="logit",
     window_mean=True,
     seed=0,
-    num_bootstrap=200,
     num_heatmaps=2,
 )
-METHODS = {
-    *("tve", "tve_u", "exact_windows", "exact_windows_u", "tve_hg"),
-    *("random", "random_blurred", "centre"),
+MAPS = {
+    "tve": {"tve", "tve_u"},
+    "exact_windows": {"exact_windows", "exact_windows_u"},
+    "tve_hg": {"tve_hg"},
+    "controls": {"random", "random_blurred", "centre"},
 }
+ALL_MAPS = set().union(*MAPS.values())
+ORIGINS = dict.fromkeys(("backbone_sha256", "heads_sha256", "shards_sha256", "protocol_sha256"), "0" * 64)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +82,39 @@ def explainer(backbone: Backbone) -> Explainer:
 @pytest.fixture(scope="module")
 def heads() -> dict[str, TaskHead]:
     torch.manual_seed(2)
-    return {task: TaskHead(TASKS[task], 0.5, nn.Linear(16, len(TASKS[task]))) for task in ("digit", "colour")}
+    return {task: TaskHead(TASKS[task], nn.Linear(16, len(TASKS[task]))) for task in ("digit", "colour")}
+
+
+def method_named(name: str, explainer: Explainer) -> Method:
+    if name == "tve":
+        return reading_of_explainer(explainer)
+    if name == "exact_windows":
+        evaluator = make_evaluators(explainer, PARAMS)["drop"]
+        return reading_of_windows(evaluator, explainer.family, explainer.empty_D)
+    if name == "tve_hg":
+        head = explainer.backbone.classifier()
+        assert head is not None
+        return OwnHead(explainer, head, TransferRule())
+    return Controls(PATCHES_PER_SIDE, radius=1, seed=0)
+
+
+def evaluated(
+    method: Method,
+    explainer: Explainer,
+    heads: dict[str, TaskHead],
+    shards: Shards,
+    folder: Path,
+    params: EvaluateParams = PARAMS,
+    ranks: Sequence[tuple[int, int]] = ((0, 1),),
+) -> Path:
+    parts = Parts.open(folder.with_name(f"{folder.name}.parts"), {"made": "from this"})
+    for rank, world_size in ranks:
+        evaluators = make_evaluators(explainer, params)
+        evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
+    folder.mkdir(parents=True)
+    facts = {"method": folder.name, "trained_for": "drop", "origins": ORIGINS}
+    write_results(parts, params.fractions, list(heads), facts, folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +122,15 @@ def results(
     explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     folder = tmp_path_factory.mktemp("results")
-    evaluate(explainer, heads, shards, PARAMS, folder)
+    for name in MAPS:
+        evaluated(method_named(name, explainer), explainer, heads, shards, folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def comparison(results: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("comparison")
+    compare(results, (*MAPS, "lime"), CompareParams(num_bootstrap=200, seed=0), "", folder)
     return folder
 
 
@@ -89,53 +139,62 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def metrics_of(folder: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((folder / "metrics.json").read_text())
+def json_of(path: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads(path.read_text())
     return document
 
 
-def test_there_is_one_row_for_every_picture_task_method_and_removal(results: Path) -> None:
-    rows = rows_of(results / "scores.csv")
-    cells = {(row["key"], row["task"], row["method"], row["removal"]) for row in rows}
-    assert len(cells) == len(rows) == 5 * 2 * len(METHODS) * 2
-    assert {row["method"] for row in rows} == METHODS
+@pytest.mark.parametrize("method", MAPS)
+def test_there_is_one_row_for_every_picture_task_and_map(results: Path, method: str) -> None:
+    rows = rows_of(results / method / "scores.csv")
+    cells = {(row["key"], row["task"], row["map"]) for row in rows}
+    assert len(cells) == len(rows) == 5 * 2 * len(MAPS[method])
+    assert {row["map"] for row in rows} == MAPS[method]
     assert all(row["correct"] == str(int(row["predicted"] == row["label"])) for row in rows)
 
 
-def test_metrics_are_the_means_of_the_rows(results: Path) -> None:
-    metrics, rows = metrics_of(results), rows_of(results / "scores.csv")
-    assert metrics["num_pictures"] == 5
+def test_the_comparison_states_means_of_the_rows_and_differences_to_tve(results: Path, comparison: Path) -> None:
+    metrics = json_of(comparison / "metrics.json")
+    assert (metrics["num_pictures"], metrics["missing"], metrics["reference"]) == (5, ["lime"], "tve")
+    rows = [row for name in MAPS for row in rows_of(results / name / "scores.csv")]
     for task, entry in metrics["tasks"].items():
+        assert entry["methods"].keys() == ALL_MAPS
         for removal in ("drop", "zero"):
-            scores = {
-                method: np.array(
-                    [
-                        (float(row["fidelity_plus"]), float(row["fidelity_minus"]))
-                        for row in rows
-                        if (row["task"], row["method"], row["removal"]) == (task, method, removal)
-                    ]
-                )
-                for method in METHODS
-            }
-            for column, fidelity in enumerate(("fidelity_plus", "fidelity_minus")):
-                for method in METHODS:
-                    stated = entry["methods"][method][removal][fidelity]
-                    assert stated["mean"] == pytest.approx(scores[method][:, column].mean(), abs=1e-6)
-                    assert stated["std"] == pytest.approx(scores[method][:, column].std(), abs=1e-6)
-                for method, stated in entry["differences"][removal].items():
-                    difference = (scores["tve"] - scores[method])[:, column].mean()
-                    assert stated[fidelity]["mean"] == pytest.approx(difference, abs=1e-6)
-                    assert stated[fidelity]["low"] <= stated[fidelity]["mean"] <= stated[fidelity]["high"]
-            assert entry["differences"][removal].keys() == METHODS - {"tve"}
+            for measure in MEASURES:
+                of_map = {
+                    name: np.array(
+                        [float(r[f"{removal}_{measure}"]) for r in rows if (r["task"], r["map"]) == (task, name)]
+                    )
+                    for name in ALL_MAPS
+                }
+                for name, values in of_map.items():
+                    stated = entry["methods"][name][removal][measure]
+                    assert stated["mean"] == pytest.approx(values.mean(), abs=1e-6)
+                    assert stated["std"] == pytest.approx(values.std(), abs=1e-6)
+                for name, differences in entry["differences"][removal].items():
+                    difference = (of_map["tve"] - of_map[name]).mean()
+                    assert differences[measure]["mean"] == pytest.approx(difference, abs=1e-6)
+                    assert differences[measure]["low"] <= differences[measure]["mean"] <= differences[measure]["high"]
+            assert entry["differences"][removal].keys() == ALL_MAPS - {"tve"}
 
 
-def test_curves_average_to_the_fidelities(results: Path) -> None:
-    curves, metrics = rows_of(results / "curves.csv"), metrics_of(results)
+def test_pictures_that_a_head_gets_wrong_are_left_out_of_the_second_statement(results: Path, comparison: Path) -> None:
+    metrics = json_of(comparison / "metrics.json")
+    rows = [row for row in rows_of(results / "tve" / "scores.csv") if row["map"] == "tve"]
+    for task, entry in metrics["correct_only"].items():
+        right = [row for row in rows if row["task"] == task and row["correct"] == "1"]
+        assert entry["num_pictures"] == len(right)
+        if right:
+            mean = np.mean([float(row["drop_fidelity_plus"]) for row in right])
+            assert entry["methods"]["tve"]["drop"]["fidelity_plus"]["mean"] == pytest.approx(mean, abs=1e-6)
+
+
+def test_curves_average_to_the_fidelities(comparison: Path) -> None:
+    curves, metrics = rows_of(comparison / "curves.csv"), json_of(comparison / "metrics.json")
     for task, entry in metrics["tasks"].items():
-        for method, removals in entry["methods"].items():
+        for name, removals in entry["methods"].items():
             for removal, stated in removals.items():
-                name = (task, method, removal)
-                points = [row for row in curves if (row["task"], row["method"], row["removal"]) == name]
+                points = [row for row in curves if (row["task"], row["map"], row["removal"]) == (task, name, removal)]
                 assert [float(row["fraction"]) for row in points] == [0.25, 0.75]
                 for fidelity, column in (
                     ("fidelity_plus", "removed_probability_drop"),
@@ -146,26 +205,26 @@ def test_curves_average_to_the_fidelities(results: Path) -> None:
 
 
 def test_heatmaps_are_what_the_explainer_says_of_the_pictures_shown(
-    results: Path, explainer: Explainer, heads: dict[str, TaskHead], shards: Shards
+    comparison: Path, explainer: Explainer, heads: dict[str, TaskHead], shards: Shards
 ) -> None:
-    described = json.loads((results / "heatmaps.json").read_text())
-    of_key = {sample.key: scene(0, "test", index).pixels for index, sample in enumerate(shards.samples("test"))}
-    with np.load(results / "heatmaps.npz") as arrays:
+    described = json_of(comparison / "heatmaps.json")
+    of_key = {sample.key: decode_image(sample.image) for sample in shards.samples("test")}
+    with np.load(comparison / "heatmaps.npz") as arrays:
         assert arrays["images"].shape == (2, 64, 64, 3)
         for place, key in enumerate(described["keys"]):
-            assert np.abs(arrays["images"][place].astype(int) - of_key[key]).max() <= 1
-        images = torch.stack([explainer.backbone.preprocess(Image.fromarray(of_key[key])) for key in described["keys"]])
+            assert np.abs(arrays["images"][place].astype(int) - np.asarray(of_key[key])).max() <= 1
+        images = torch.stack([explainer.backbone.preprocess(of_key[key]) for key in described["keys"]])
         for task, head in heads.items():
             expected = explainer.explain(images, head.head.requires_grad_(False)).numpy()
             np.testing.assert_allclose(arrays[f"{task}/tve"], expected, atol=1e-4)
             assert len(described["tasks"][task]["predicted"]) == len(described["tasks"][task]["label"]) == 2
-            assert {name for name in arrays.files if name.startswith(task)} == {f"{task}/{m}" for m in METHODS}
+            assert {name for name in arrays.files if name.startswith(task)} == {f"{task}/{m}" for m in ALL_MAPS}
 
 
-def test_densities_know_which_object_is_the_tasks_own(results: Path) -> None:
-    tasks = metrics_of(results)["tasks"]
+def test_densities_know_which_object_is_the_tasks_own(comparison: Path) -> None:
+    tasks = json_of(comparison / "metrics.json")["tasks"]
     for task in ("digit", "colour"):
-        assert tasks[task]["density"].keys() == METHODS
+        assert tasks[task]["density"].keys() == ALL_MAPS
         for density in tasks[task]["density"].values():
             ratio = density["own"] / density["other"] if density["other"] else None
             assert density["ratio"] == pytest.approx(ratio)
@@ -173,6 +232,37 @@ def test_densities_know_which_object_is_the_tasks_own(results: Path) -> None:
     for control in ("random", "centre"):
         of_digit, of_colour = (tasks[task]["density"][control] for task in ("digit", "colour"))
         assert (of_digit["own"], of_digit["other"]) == pytest.approx((of_colour["other"], of_colour["own"]))
+
+
+def test_costs_and_seconds_stand_beside_every_map(comparison: Path) -> None:
+    maps = json_of(comparison / "metrics.json")["maps"]
+    assert maps.keys() == ALL_MAPS
+    assert [maps[name]["forwards"] for name in ("tve", "exact_windows", "random")] == [1, 2 * 64 + 1, 0]
+    assert all(entry["seconds"] > 0 for entry in maps.values())
+
+
+def test_methods_measured_on_other_weights_are_not_compared(results: Path, tmp_path: Path) -> None:
+    for name in ("tve", "controls"):
+        (tmp_path / name).mkdir()
+        for file in (results / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    facts = json_of(tmp_path / "tve" / "facts.json")
+    facts["origins"]["backbone_sha256"] = "1" * 64
+    write_json(tmp_path / "tve" / "facts.json", facts)
+    with pytest.raises(ValueError, match="expected one backbone_sha256 for every method"):
+        compare(tmp_path, ("tve", "controls"), CompareParams(num_bootstrap=10, seed=0), "", tmp_path)
+
+
+def test_a_method_that_is_not_defined_for_a_backbone_is_named_with_the_reason(results: Path, tmp_path: Path) -> None:
+    for name in ("tve", "controls"):
+        (tmp_path / name).symlink_to(results / name)
+    (tmp_path / "rollout").mkdir()
+    write_json(tmp_path / "rollout" / "facts.json", {"method": "rollout", "not_defined": "no global attention"})
+    folder = tmp_path / "compared"
+    folder.mkdir()
+    compare(tmp_path, ("tve", "controls", "rollout"), CompareParams(num_bootstrap=10, seed=0), "", folder)
+    metrics = json_of(folder / "metrics.json")
+    assert (metrics["missing"], metrics["not_defined"]) == ([], {"rollout": "no global attention"})
 
 
 def holds_a_pixel(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -205,22 +295,67 @@ def test_object_patches_follow_the_picture_through_resizing_and_cropping(shards:
             assert (patches_PP.numpy() == expected).all()
 
 
+def require_equal_scores(one: Path, other: Path) -> None:
+    def ordered(path: Path) -> list[dict[str, str]]:
+        return sorted(rows_of(path / "scores.csv"), key=lambda row: (row["key"], row["task"], row["map"]))
+
+    for mine, theirs in zip(ordered(one), ordered(other), strict=True):
+        assert [mine[name] for name in ("key", "task", "map", "predicted", "label")] == [
+            theirs[name] for name in ("key", "task", "map", "predicted", "label")
+        ]
+        for name in ("probability", "drop_fidelity_plus", "zero_fidelity_minus", "drop_insertion"):
+            assert float(mine[name]) == pytest.approx(float(theirs[name]), abs=1e-4)
+
+
 def test_results_do_not_depend_on_the_batch_size(
     explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, results: Path, tmp_path: Path
 ) -> None:
-    evaluate(explainer, heads, shards, PARAMS.model_copy(update={"batch_size": 5}), tmp_path)
-    for one, other in zip(
-        rows_of(results / "scores.csv"), sorted_like(results, rows_of(tmp_path / "scores.csv")), strict=True
-    ):
-        for name in ("key", "task", "method", "removal", "predicted", "label"):
-            assert one[name] == other[name]
-        for name in ("probability", "fidelity_plus", "fidelity_minus"):
-            assert float(one[name]) == pytest.approx(float(other[name]), abs=1e-4)
+    params = PARAMS.model_copy(update={"batch_size": 5})
+    require_equal_scores(
+        results / "tve", evaluated(method_named("tve", explainer), explainer, heads, shards, tmp_path / "tve", params)
+    )
 
 
-def sorted_like(results: Path, rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    by_cell = {(row["key"], row["task"], row["method"], row["removal"]): row for row in rows}
-    return [by_cell[row["key"], row["task"], row["method"], row["removal"]] for row in rows_of(results / "scores.csv")]
+def test_two_processes_leave_the_same_bytes_as_one(
+    explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, results: Path, tmp_path: Path
+) -> None:
+    method = method_named("exact_windows", explainer)
+    shared = evaluated(method, explainer, heads, shards, tmp_path / "exact_windows", ranks=((1, 2), (0, 2)))
+    for name in ("scores.csv", "curves.csv", "heatmaps.npz", "heatmaps.json"):
+        assert (shared / name).read_bytes() == (results / "exact_windows" / name).read_bytes(), name
+
+
+def test_a_run_that_was_cut_short_goes_on_where_it_stopped(
+    explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, results: Path, tmp_path: Path
+) -> None:
+    method, asked = method_named("tve", explainer), []
+
+    class CutShort:
+        variants = method.variants
+
+        def __init__(self, last: int) -> None:
+            self.last = last
+
+        def __call__(self, images: Any, keys: Sequence[str], questions: Any) -> Any:
+            asked.append(tuple(keys))
+            if len(set(asked)) > self.last:
+                raise KeyboardInterrupt
+            return method(images, keys, questions)
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(CutShort(last=2), explainer, heads, shards, tmp_path / "tve")
+    before = len(asked)
+    whole = evaluated(CutShort(last=3), explainer, heads, shards, tmp_path / "tve")
+    assert len(asked) == before + 1, "only the last batch is measured again"
+    assert (whole / "scores.csv").read_bytes() == (results / "tve" / "scores.csv").read_bytes()
+
+
+def test_parts_made_from_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
+    first = Parts.open(tmp_path, {"seed": 0})
+    (first.folder / "000000.npz").write_bytes(b"")
+    assert Parts.open(tmp_path, {"seed": 0}).has(0)
+    assert not Parts.open(tmp_path, {"seed": 1}).has(0)
+    assert not first.folder.exists()
 
 
 def test_pictures_are_drawn_from_the_whole_split_by_seed(shards: Shards) -> None:
@@ -236,9 +371,10 @@ def test_pictures_are_drawn_from_the_whole_split_by_seed(shards: Shards) -> None
 def test_more_pictures_than_there_are_is_an_error_before_any_work(
     explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, tmp_path: Path
 ) -> None:
+    params = PARAMS.model_copy(update={"num_pictures": 9})
     with pytest.raises(ValueError, match="at most the 8 pictures of split 'test', got 9"):
-        evaluate(explainer, heads, shards, PARAMS.model_copy(update={"num_pictures": 9}), tmp_path)
-    assert not list(tmp_path.iterdir())
+        evaluated(method_named("tve", explainer), explainer, heads, shards, tmp_path / "tve", params)
+    assert not (tmp_path / "tve").exists()
 
 
 def test_heads_of_another_backbone_or_other_classes_are_errors(backbone: Backbone, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from tve.backbones import INTERPOLATIONS
-from tve_pipeline.evaluate import EvaluateParams
+from tve_pipeline.evaluate_measures import EvaluateParams
 from tve_pipeline.params import (
     BackboneParams,
     PreprocessingParams,

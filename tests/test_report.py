@@ -58,7 +58,7 @@ def write_evaluation(folder: Path, tasks: tuple[str, ...], removals: tuple[str, 
     write_json(folder / "metrics.json", {"num_pictures": 30, "reference": "tve", "tasks": results})
     with (folder / "curves.csv").open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["task", "method", "removal", "fraction", "kept_probability_drop", "removed_probability_drop"])
+        rows.writerow(["task", "map", "removal", "fraction", "kept_probability_drop", "removed_probability_drop"])
         cells = [(task, method, removal) for task in tasks for method in METHODS for removal in removals]
         rows.writerows((*cell, fraction, 0.5 - fraction / 2, fraction) for cell in cells for fraction in (0.3, 0.7))
     maps = {f"{t}/{m}": rng.normal(size=(2, 4, 4)).astype(np.float32) for t in tasks for m in METHODS}
@@ -106,9 +106,9 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_some(results: Path) -> None:
     """All of vit; of deit the photos alone."""
-    write_evaluation(results / "evaluate/vit-scenes", ("shape", "digit"), ("drop", "zero"))
-    write_evaluation(results / "evaluate/vit-photos", ("animals",))
-    write_evaluation(results / "evaluate/deit-photos", ("animals",))
+    write_evaluation(results / "compare/vit-scenes", ("shape", "digit"), ("drop", "zero"))
+    write_evaluation(results / "compare/vit-photos", ("animals",))
+    write_evaluation(results / "compare/deit-photos", ("animals",))
     write_pretraining(results / "pretrain/vit")
     cells = {"vit-scenes": ("digit", "shape"), "vit-photos": ("animals",), "deit-photos": ("animals",)}
     for name, tasks in cells.items():

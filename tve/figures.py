@@ -10,7 +10,7 @@ import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,19 @@ METHOD_STYLES: dict[str, LineStyle] = {
     "tve": LineStyle("TVE", "#0072B2", width=2.4),
     "tve_u": LineStyle("TVE, no window mean", "#56B4E9", (4, 1.5)),
     "tve_hg": LineStyle("TVE-Hg", "#CC79A7", width=1.7),
+    "tve_untrained": LineStyle("Untrained TVE", "#8fb8d6", (1, 1.4)),
+    "tve_untrained_u": LineStyle("Untrained, no mean", "#8fb8d6", (4, 1.5)),
+    "vit_shapley": LineStyle("ViT-Shapley", "#D55E00", width=1.7),
+    "integrated_gradients": LineStyle("Integrated Gradients", "#b59f00", (6, 1.5, 1, 1.5)),
+    "deep_lift": LineStyle("DeepLift", "#b59f00", (1, 1.4)),
+    "gradient_shap": LineStyle("GradSHAP", "#b59f00", (4, 1.5)),
+    "grad_cam": LineStyle("Grad-CAM", "#7a6a00"),
+    "rollout": LineStyle("Attention rollout", "#7a6a00", (4, 1.5)),
+    "attn_lrp": LineStyle("AttnLRP", "#009E73", width=1.7),
+    "occlusion": LineStyle("Occlusion", "#8d5a97"),
+    "rise": LineStyle("RISE", "#CC79A7", (6, 1.5, 1, 1.5), 1.5),
+    "kernel_shap": LineStyle("Kernel SHAP", "#8d5a97", (4, 1.5), 1.5),
+    "lime": LineStyle("LIME", "#8d5a97", (1, 1.4), 1.5),
     "exact_windows": LineStyle("Exact windows", INK, (5, 1.8), 1.7),
     "exact_windows_u": LineStyle("Exact, no window mean", "#5b6168", (2, 1.5)),
     "random": LineStyle("Random", "#8c9199"),
@@ -92,8 +105,19 @@ def _styled() -> Iterator[None]:
 
 
 def style_of(method: str) -> LineStyle:
-    """The look of a method; a method that is not known gets its own name and a plain green line."""
-    return METHOD_STYLES.get(method, LineStyle(method, "#009E73"))
+    """The look of a method; a method that is not known gets its own name and a plain green line.
+
+    A number at the end of a name is a budget of evaluations.
+
+    >>> style_of("rise_200").label
+    'RISE, 200'
+    """
+    if method in METHOD_STYLES:
+        return METHOD_STYLES[method]
+    base, _, budget = method.rpartition("_")
+    if base in METHOD_STYLES and budget.isdigit():
+        return replace(METHOD_STYLES[base], label=f"{METHOD_STYLES[base].label}, {budget}")
+    return LineStyle(method, "#009E73")
 
 
 def overlay(
@@ -224,6 +248,47 @@ def fidelity_curves(
             handlelength=3,
         )
     figure.tight_layout(rect=(0, 0.7 / height if legend else 0, 1, 1))
+    return figure
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """A map's price and worth; maps of one method that differ in their budget are joined by a line."""
+
+    method: str
+    seconds: float  # of a picture's map
+    fidelity_plus: float  # means over tasks
+    fidelity_minus: float
+
+
+@_styled()
+def price_against_fidelity(prices: Sequence[Price]) -> "Figure":
+    """Two panels: each fidelity against the seconds of a map, on a logarithmic scale; exact windows are a star."""
+    figure = _figure(7.6, 3.1)
+    panels = (("fidelity_plus", "F⁺, higher is better"), ("fidelity_minus", "F⁻, lower is better"))
+    lines: dict[str, list[Price]] = {}
+    for price in sorted(prices, key=lambda price: price.seconds):
+        base, _, budget = price.method.rpartition("_")
+        lines.setdefault(base if budget.isdigit() else price.method, []).append(price)
+    for axes, (name, title) in zip(figure.subplots(1, 2).flat, panels, strict=True):
+        for method, points in lines.items():
+            style = style_of(method)
+            marker, size = ("*", 9) if method.startswith("exact") else ("o", 4.5)
+            seconds = [1000 * point.seconds for point in points]
+            values = [getattr(point, name) for point in points]
+            axes.plot(seconds, values, color=style.colour, marker=marker, markersize=size, linewidth=0.9)
+            axes.annotate(
+                style_of(points[-1].method).label,
+                (seconds[-1], values[-1]),
+                xytext=(4, 3),
+                textcoords="offset points",
+                fontsize=6.5,
+            )
+        axes.set_xscale("log")
+        axes.set_xlabel("milliseconds a map")
+        axes.set_title(title)
+        axes.margins(x=0.18, y=0.1)
+    figure.tight_layout()
     return figure
 
 

@@ -24,8 +24,10 @@ from tve.sources import open_source
 from tve_pipeline import heads
 from tve_pipeline.backbone import TEST_SPLIT, BackboneStageParams, build_backbone
 from tve_pipeline.backbone import TRAIN_SPLIT as BACKBONE_TRAIN_SPLIT
+from tve_pipeline.compare import CompareParams
 from tve_pipeline.entry import run_stage
-from tve_pipeline.evaluate import EvaluateParams
+from tve_pipeline.evaluate_measures import EvaluateParams
+from tve_pipeline.methods import method_settings
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
     PARAMS_FILE,
@@ -39,12 +41,14 @@ from tve_pipeline.params import (
     existing_path,
     load_backbone_params,
     load_dataset,
+    load_entry,
     load_params,
     load_section,
 )
 from tve_pipeline.pretrain import HELD_OUT_SPLIT, TRAIN_SPLIT, PretrainParams, build_explainer
 from tve_pipeline.report import ReportParams
 from tve_pipeline.scenes import SPLIT_IDS, TASKS
+from tve_pipeline.shapley import ShapleyParams
 from tve_pipeline.shards import plan_pictures
 
 
@@ -58,10 +62,12 @@ STAGE_SECTIONS: dict[str, type[BaseModel]] = {
     "pretrain": PretrainParams,
     "export": ExportParams,
     "heads": heads.HeadsParams,
+    "shapley": ShapleyParams,
     "evaluate": EvaluateParams,
+    "compare": CompareParams,
     "report": ReportParams,
 }
-KNOWN_SECTIONS = ("profile", "datasets", "backbones", *STAGE_SECTIONS)
+KNOWN_SECTIONS = ("profile", "datasets", "backbones", "methods", *STAGE_SECTIONS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,9 @@ def check_run(profile: Profile) -> None:
     _require_known("run.datasets", run.datasets, datasets)
     _require_known("run.pretrain_dataset", [run.pretrain_dataset], run.datasets)
     _require_known("run.task_datasets", run.task_datasets, run.datasets)
+    _require_known("run.methods", run.methods, list(defined("methods")))
+    for name in run.methods:
+        load_entry("methods", name, method_settings(name))
     for name in run.datasets:
         dataset = datasets[name]
         if isinstance(dataset, ScenesDataset):

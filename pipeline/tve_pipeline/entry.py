@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from tve_pipeline.params import require_defined
 
-SECTION_OF = {"BACKBONE": "backbones", "DATASET": "datasets"}
+SECTION_OF = {"BACKBONE": "backbones", "DATASET": "datasets", "METHOD": "methods"}
 
 
 def run_stage(stage: str, main: Callable[[list[str]], None], *usage: str) -> None:
@@ -18,7 +18,7 @@ def run_stage(stage: str, main: Callable[[list[str]], None], *usage: str) -> Non
     Args:
         stage: its name, which the line begins with.
         main: the stage.
-        usage: what each argument is, BACKBONE or DATASET: a name that params.yaml must define.
+        usage: what each argument is, BACKBONE, DATASET or METHOD: a name that params.yaml must define.
     """
     arguments = sys.argv[1:]
     try:

@@ -1,89 +1,125 @@
-"""Stage `evaluate`: how faithful the explainer's maps are, for every task whose head reads one backbone.
+"""Explanation methods evaluated picture by picture: what the stages `evaluate` and `evaluate_shapley` do.
 
-    python -m tve_pipeline.evaluate BACKBONE DATASET
-
-All tasks of a dataset share their pictures: the explainer and the exact windows run once a picture, every
-head is read over them, and a coalition that several tasks or methods ask for is evaluated once.
-
-    tve, tve_u                      the explainer's maps, with and without the window mean
-    exact_windows, exact_windows_u  the same of the exact windows, which the explainer imitates
-    tve_hg                          the explainer's map of the class that the backbone's own head predicts
-    random, random_blurred, centre  controls (see tve.fidelity.controls)
+All tasks of a dataset share their pictures, and a method is asked about all of them at once. Each batch is written when
+it is done, so that a run that was cut short goes on from there; several processes share the batches between them, and
+the numbers are the same however many there are. Nothing is compared here: that is the stage `compare`.
 """
 
 import itertools
 import json
-import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
-from torch import Tensor, nn
+import torch.distributed
 from tqdm import tqdm
 
 from tve.backbones import Backbone
+from tve.baselines.method import Method
 from tve.digests import file_sha256
-from tve.evaluator import CoalitionEvaluator, Precision
+from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
 from tve.export import load_explainer
-from tve.fidelity.controls import control_maps
 from tve.fidelity.levels import level_sizes
-from tve.fidelity.scores import ScoredMap, fidelity
 from tve.heads import load_head
-from tve.meta_attribution import MetaAttribution, exact_windows
-from tve.removal import Removal
-from tve.samples import Sample, decode_image
-from tve.shards import Shards
-from tve.transfer_rule import Output, TransferRule, class_maps
-from tve_pipeline.entry import run_stage
-from tve_pipeline.evaluate_results import BatchResults, EvaluationWriter, Facts
-from tve_pipeline.outputs import whole_folder
-from tve_pipeline.params import Count, Name, Section, active_profile, load_section
+from tve.samples import Sample
+from tve.shards import INDEX_FILE, Shards
+from tve_pipeline.evaluate_measures import EvaluateParams, Measuring, TaskHead
+from tve_pipeline.evaluate_parts import Parts, code_digest
+from tve_pipeline.evaluate_results import write_results
+from tve_pipeline.outputs import whole_folder, write_json
+from tve_pipeline.params import active_profile, load_section
 
-
-class EvaluateParams(Section):
-    """Section `evaluate` of params.yaml."""
-
-    split: Name
-    num_pictures: Count | None  # drawn from the split by seed; null for all
-    removals: tuple[Removal, ...] = Field(min_length=1)
-    fractions: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(min_length=1)
-    batch_size: Count
-    memory_mib: Count
-    precision: Precision
-    output: Output
-    window_mean: bool  # whether the maps that are compared and shown first are phi, or u
-    seed: int = Field(ge=0)
-    num_bootstrap: Count
-    num_heatmaps: int = Field(ge=0)
+PROTOCOL = Path("docs", "protocol.md")
 
 
 @dataclass(frozen=True, slots=True)
-class TaskHead:
-    """A head and what is known of it."""
+class Given:
+    """What methods are made from."""
 
-    classes: tuple[str, ...]
-    test_accuracy: float
-    head: nn.Linear
+    explainer: Explainer
+    evaluator: CoalitionEvaluator  # under the removal operator that the explainer was trained for
+    params: EvaluateParams
 
 
-def main(argv: list[str]) -> None:
-    backbone, dataset = argv
-    profile = active_profile()
+def run_cell(
+    backbone: str,
+    dataset: str,
+    name: str,
+    settings: Mapping[str, Any],
+    build: Callable[[Given], Method],
+    obstacle: Callable[[Backbone], str] = lambda _: "",
+) -> None:
+    """Evaluates one method on the tasks of a dataset, into results/P/evaluate/BACKBONE-DATASET/METHOD.
+
+    Args:
+        backbone: of section `backbones`.
+        dataset: of section `datasets`.
+        name: of the method.
+        settings: of the method; a run that was cut short under others is not gone on with.
+        build: makes the method.
+        obstacle: why a method is not defined for a backbone, "" where it is; then the reason is all that is written.
+    """
+    profile, cell = active_profile(), f"{backbone}-{dataset}"
     params = load_section("evaluate", EvaluateParams)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shards = Shards.open(Path("data", profile, "shards", dataset))
-    explainer = load_explainer(Path("models", profile, "export", backbone)).to(device)
-    folder = Path("models", profile, "heads", f"{backbone}-{dataset}")
-    heads = load_task_heads(folder, explainer.backbone, shards.tasks)
-    with whole_folder(Path("results", profile, "evaluate", f"{backbone}-{dataset}")) as results:
-        evaluate(explainer, heads, shards, params, results)
+    export, head_folder = Path("models", profile, "export", backbone), Path("models", profile, "heads", cell)
+    explainer = load_explainer(export).to(device)
+    heads = load_task_heads(head_folder, explainer.backbone, shards.tasks)
+    results_folder = Path("results", profile, "evaluate", cell, name)
+    if reason := obstacle(explainer.backbone):
+        with whole_folder(results_folder) as results:
+            write_json(results / "facts.json", {"method": name, "not_defined": reason})
+        return
+    evaluators = make_evaluators(explainer, params)
+    method = build(Given(explainer, evaluators[explainer.config.removal], params))
+    origins = {
+        "backbone_sha256": explainer.backbone.weights_sha256,
+        "explainer_sha256": json.loads((export / "config.json").read_text())["explainer_sha256"],
+        "heads_sha256": file_sha256(head_folder / "heads.json"),
+        "shards_sha256": file_sha256(shards.folder / INDEX_FILE),
+        "protocol_sha256": file_sha256(PROTOCOL),
+        "code_sha256": code_digest(),
+    }
+    made_from = {"origins": origins, "evaluate": params.model_dump(mode="json"), "method": dict(settings)}
+    with several_processes() as (rank, world_size):
+        parts = Parts.open(Path(".tve", "evaluate", profile, cell, name), made_from)
+        evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
+        if world_size > 1:
+            torch.distributed.barrier()
+        if rank == 0:
+            arithmetic = evaluators[explainer.config.removal].arithmetic
+            with whole_folder(results_folder) as results:
+                facts = {
+                    "method": name,
+                    "settings": dict(settings),
+                    "trained_for": explainer.config.removal,
+                    "backends": {r: f"{each.choice.backend}: {each.choice.reason}" for r, each in evaluators.items()},
+                    "precision": f"{arithmetic.precision}: {arithmetic.reason}",
+                    "origins": origins,
+                }
+                write_results(parts, params.fractions, list(heads), facts, results)
+            parts.remove()
+
+
+def make_evaluators(explainer: Explainer, params: EvaluateParams) -> dict[str, CoalitionEvaluator]:
+    """One for each removal operator that is evaluated, and for the one that the explainer was trained for.
+
+    Raises:
+        ValueError: a removal that the backbone cannot serve.
+    """
+    return {
+        removal: CoalitionEvaluator(
+            explainer.backbone, removal, memory_mib=params.memory_mib, precision=params.precision
+        )
+        for removal in dict.fromkeys((*params.removals, explainer.config.removal))
+    }
 
 
 def load_task_heads(folder: Path, backbone: Backbone, tasks: Mapping[str, tuple[str, ...]]) -> dict[str, TaskHead]:
@@ -106,98 +142,46 @@ def load_task_heads(folder: Path, backbone: Backbone, tasks: Mapping[str, tuple[
         if (actual := file_sha256(path)) != entry["sha256"]:
             raise ValueError(f"{path}: expected sha256 {entry['sha256']}, got {actual}")
         head = load_head(path, backbone.embed_dim).to(next(backbone.parameters()).device)
-        heads[task] = TaskHead(tuple(entry["classes"]), float(entry["test_accuracy"]), head)
+        heads[task] = TaskHead(tuple(entry["classes"]), head)
     return heads
 
 
-@torch.inference_mode()
 def evaluate(
-    explainer: Explainer, heads: Mapping[str, TaskHead], shards: Shards, params: EvaluateParams, folder: Path
+    method: Method,
+    explainer: Explainer,
+    heads: Mapping[str, TaskHead],
+    shards: Shards,
+    params: EvaluateParams,
+    evaluators: Mapping[str, CoalitionEvaluator],
+    parts: Parts,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> None:
-    """Scores every method on every task and writes scores.csv, curves.csv, metrics.json and the heatmaps.
+    """Measures every map of the method on every task, and writes a part for each batch that has none yet.
 
     Args:
-        explainer: with its backbone, on the device to use.
+        method: what explains.
+        explainer: whose removal operator and backbone are evaluated, on the device to use.
         heads: by task.
         shards: labelled pictures.
         params: the stage's section.
-        folder: to write into.
+        evaluators: by removal operator.
+        parts: where batches are kept until all are there.
+        rank: of this process; it takes every `world_size`-th batch.
+        world_size: number of processes.
 
     Raises:
-        ValueError: fewer pictures than asked for, or a removal that the backbone cannot serve.
+        ValueError: fewer pictures than asked for.
     """
-    backbone, trained_for = explainer.backbone, explainer.config.removal
-    level_sizes(params.fractions, backbone.patches_per_side**2)
-    evaluators = {
-        removal: CoalitionEvaluator(backbone, removal, memory_mib=params.memory_mib, precision=params.precision)
-        for removal in dict.fromkeys((*params.removals, trained_for))
-    }
-    empty_D = evaluators[trained_for].empty()
+    level_sizes(params.fractions, explainer.backbone.patches_per_side**2)
     num_pictures = require_num_pictures(shards, params)
-    device = next(backbone.parameters()).device
-    clock = Clock(device)
-    writer = EvaluationWriter(
-        folder,
-        backbone,
-        num_pictures=num_pictures,
-        num_heatmaps=params.num_heatmaps,
-        fractions=params.fractions,
-        classes={task: head.classes for task, head in heads.items()},
-        mask_objects=shards.mask_objects,
-    )
-    with writer, clock("total"), tqdm(total=num_pictures, unit="picture", desc="evaluate") as progress:
-        for samples in batches(shards, params, num_pictures):
-            images = torch.stack([backbone.preprocess(decode_image(sample.image)) for sample in samples]).to(device)
-            with clock("tve"):
-                predicted = explainer(images)
-            with clock("exact_windows"):
-                exact = exact_windows(evaluators[trained_for], images, explainer.family, empty_D)
-            target = {task: head.head(exact.full_BD).argmax(-1) for task, head in heads.items()}
-            maps = method_maps(explainer, heads, target, predicted, exact, [s.key for s in samples], params)
-            scored = {
-                (task, method): ScoredMap(map_BPP, heads[task].head, target[task])
-                for (task, method), map_BPP in maps.items()
-            }
-            with clock("fidelity"):
-                scores = {
-                    removal: fidelity(evaluators[removal], images, exact.full_BD, scored, params.fractions)
-                    for removal in params.removals
-                }
-            writer.add(BatchResults(samples, images, exact.full_BD, scored, scores))
+    measuring = Measuring.of(method, explainer, heads, params, evaluators, shards.mask_objects, num_pictures)
+    with tqdm(total=num_pictures, unit="picture", desc=method.variants[0], disable=rank > 0) as progress:
+        for number, samples in enumerate(batches(shards, params, num_pictures)):
+            if number % world_size == rank and not parts.has(number):
+                parts.add(number, measuring.part(samples, first=number * params.batch_size))
             progress.update(len(samples))
-    suffix = "" if params.window_mean else "_u"
-    accuracy = {task: head.test_accuracy for task, head in heads.items()}
-    backends = {removal: f"{each.choice.backend}: {each.choice.reason}" for removal, each in evaluators.items()}
-    others = {"seconds": clock.seconds, "trained_for": trained_for, "backends": backends}
-    writer.finish(Facts(accuracy, "tve" + suffix, "exact_windows" + suffix, params.num_bootstrap, params.seed, others))
-
-
-def method_maps(
-    explainer: Explainer,
-    heads: Mapping[str, TaskHead],
-    target: Mapping[str, Tensor],
-    predicted: MetaAttribution,
-    exact: MetaAttribution,
-    keys: list[str],
-    params: EvaluateParams,
-) -> dict[tuple[str, str], Tensor]:
-    """Every method's map [B, P, P] of every task's predicted class, by (task, method)."""
-    radius = explainer.config.radius
-    rules = {suffix: TransferRule(params.output, window_mean=mean) for suffix, mean in (("", True), ("_u", False))}
-    device = predicted.full_BD.device
-    controls = control_maps(keys, explainer.backbone.patches_per_side, radius, params.seed)
-    shared = {name: map_BPP.to(device) for name, map_BPP in controls.items()}
-    own_head = explainer.backbone.classifier()
-    if own_head is not None:
-        rule = rules["" if params.window_mean else "_u"]
-        shared["tve_hg"] = class_maps(predicted, own_head, own_head(exact.full_BD).argmax(-1), rule)
-    maps = {}
-    for task, head in heads.items():
-        for method, meta in (("tve", predicted), ("exact_windows", exact)):
-            for suffix, rule in rules.items():
-                maps[task, method + suffix] = class_maps(meta, head.head, target[task], rule)
-        maps |= {(task, method): map_BPP for method, map_BPP in shared.items()}
-    return maps
 
 
 def require_num_pictures(shards: Shards, params: EvaluateParams) -> int:
@@ -221,24 +205,15 @@ def batches(shards: Shards, params: EvaluateParams, num_pictures: int) -> Iterat
         yield batch
 
 
-class Clock:
-    """Adds up the seconds that named parts take, on the device's own time."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        started = self._now()
-        yield
-        self.seconds[part] = round(self.seconds[part] + self._now() - started, 3)
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-if __name__ == "__main__":
-    run_stage("evaluate", main, "BACKBONE", "DATASET")
+@contextmanager
+def several_processes() -> Iterator[tuple[int, int]]:
+    """Rank and number of the processes that torchrun started, or of one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size == 1:
+        yield 0, 1
+        return
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank(), world_size
+    finally:
+        torch.distributed.destroy_process_group()

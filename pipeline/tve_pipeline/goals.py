@@ -8,7 +8,6 @@ export, the shards and the exact windows.
 """
 
 import argparse
-import csv
 import hashlib
 import json
 import os
@@ -36,7 +35,8 @@ from tve.objective import explained_variance
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.training import concatenated
-from tve_pipeline.evaluate_results import object_patches
+from tve_pipeline.compare import read_cell
+from tve_pipeline.evaluate_measures import object_patches
 from tve_pipeline.goal_lines import Goals
 from tve_pipeline.scenes import SHAPES
 
@@ -180,27 +180,20 @@ def real_cells(goals: Goals) -> None:
             if file_sha256(file) != sha256:
                 raise SystemExit(f"{file}: expected sha256 {sha256}; the record was altered")
             if name.startswith("scores"):
-                done.add((file.parent.name, name))
+                done.add((file.parent.name, name.removeprefix("scores-").split(".")[0].split("-")[0]))
     goals.at_least("real pictures: cells (backbone, task) on record", float(len(done)), 6.0, "cells")
 
 
 def scores(backbone: str, dataset: str, removal: str) -> dict[str, dict[str, dict[str, NDArray[np.float64]]]]:
-    """task -> method -> side -> one value a picture, pictures in the same order for every method."""
-    rows: dict[str, dict[str, dict[str, tuple[float, float]]]] = defaultdict(lambda: defaultdict(dict))
-    path = Path("results", PROFILE, "evaluate", f"{backbone}-{dataset}", "scores.csv")
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if row["removal"] == removal:
-                pair = (float(row["fidelity_plus"]), float(row["fidelity_minus"]))
-                rows[row["task"]][row["method"]][row["key"]] = pair
-    tasks: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = {}
-    for task, methods in rows.items():
-        keys = sorted(methods["tve"])
-        tasks[task] = {
-            method: {side: np.array([of_key[key][i] for key in keys]) for i, side in enumerate(SIDES)}
-            for method, of_key in methods.items()
-        }
-    return tasks
+    """task -> map -> side -> one value a picture, pictures in the same order for every map."""
+    cell = read_cell(
+        Path("results", PROFILE, "evaluate", f"{backbone}-{dataset}"), ("tve", "exact_windows", "controls")
+    )
+    assert cell is not None
+    return {
+        task: {name: {side: cell.scores[task, name][f"{removal}_{side}"] for side in SIDES} for name in cell.maps(task)}
+        for task in cell.tasks
+    }
 
 
 def cells(profile: str) -> list[tuple[str, str]]:

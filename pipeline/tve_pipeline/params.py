@@ -76,6 +76,7 @@ class RunParams(Section):
     datasets: tuple[Name, ...] = Field(min_length=1)  # everything that `shards` makes
     pretrain_dataset: Name
     task_datasets: tuple[Name, ...] = Field(min_length=1)  # what `heads` and `evaluate` run on
+    methods: tuple[Name, ...] = Field(min_length=1)  # what `evaluate` runs, beside the trained `vit_shapley`
     backbone_reads: str  # a path that the backbone stage depends on
 
 
@@ -264,12 +265,21 @@ def load_backbone_params(name: str, path: Path = PARAMS_FILE) -> BackboneParams:
     Raises:
         ValueError: no such backbone, or a wrong key in it.
     """
-    entry = _entry(defined("backbones", path), name, "backbones", f"{path}: backbones")
-    return parse(entry, BackboneParams, where=f"backbones.{name}", source=str(path))
+    return load_entry("backbones", name, BackboneParams, path)
+
+
+def load_entry(section: str, name: str, model: type[AnySection], path: Path = PARAMS_FILE) -> AnySection:
+    """The entry `name` of section `backbones` or `methods`, checked.
+
+    Raises:
+        ValueError: no such entry, or a wrong key in it.
+    """
+    entry = _entry(defined(section, path), name, section, f"{path}: {section}")
+    return parse(entry, model, where=f"{section}.{name}", source=str(path))
 
 
 def defined(section: str, path: Path = PARAMS_FILE) -> Mapping[str, Any]:
-    """The entries of section `backbones` or `datasets`, unchecked but for their names.
+    """The entries of section `backbones`, `datasets` or `methods`, unchecked but for their names.
 
     Raises:
         ValueError: not a mapping of names.
@@ -282,7 +292,7 @@ def defined(section: str, path: Path = PARAMS_FILE) -> Mapping[str, Any]:
 
 
 def require_defined(section: str, name: str, path: Path = PARAMS_FILE) -> None:
-    """Raises ValueError, listing the known names, unless section `backbones` or `datasets` defines this one."""
+    """Raises ValueError, listing the known names, unless section `backbones`, `datasets` or `methods` defines it."""
     _entry(defined(section, path), name, section, f"{path}: {section}")
 
 

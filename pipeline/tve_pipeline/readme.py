@@ -13,7 +13,7 @@ from PIL import Image
 from tve import figures
 from tve_pipeline.report_tables import number
 
-CELL = Path("results", "scenes", "evaluate", "vit_scenes-scenes")
+CELL = Path("results", "scenes", "compare", "vit_scenes-scenes")
 PRETRAIN = Path("results", "scenes", "pretrain", "vit_scenes", "metrics.json")
 HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
@@ -22,7 +22,12 @@ README = Path("README.md")
 START, END = "<!-- table:start -->", "<!-- table:end -->"
 NUM_PICTURES = 4
 TASKS = ("digit", "parity", "shape", "colour")
-METHODS = ("tve", "tve_u", "exact_windows", "tve_hg", "random", "random_blurred", "centre")
+METHODS = (
+    *("tve", "tve_u", "tve_hg", "vit_shapley"),
+    *("integrated_gradients", "deep_lift", "gradient_shap", "grad_cam", "rollout", "attn_lrp"),
+    *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200"),
+    *("exact_windows", "random", "random_blurred", "centre"),
+)
 
 
 def main() -> None:
@@ -55,28 +60,30 @@ def _table() -> str:
     metrics = json.loads((CELL / "metrics.json").read_text())
     learned = json.loads(PRETRAIN.read_text())
     lines = [
-        "| F⁺ ↑ / F⁻ ↓, removal `drop` | " + " | ".join(TASKS) + " |",
-        "|---|" + "---|" * len(TASKS),
+        "| F⁺ ↑ / F⁻ ↓, removal `drop` | passes | " + " | ".join(TASKS) + " |",
+        "|---|---|" + "---|" * len(TASKS),
     ]
     for method in METHODS:
         cells = []
         for task in TASKS:
             of_task = metrics["tasks"][task]["methods"][method]["drop"]
             cells.append(" / ".join(_number(of_task[name]["mean"], 3) for name in ("fidelity_plus", "fidelity_minus")))
-        lines.append(f"| {figures.style_of(method).label} | " + " | ".join(cells) + " |")
+        passes = metrics["maps"][method]
+        price = f"{passes['forwards']} + {passes['backwards']}" if passes["backwards"] else str(passes["forwards"])
+        lines.append(f"| {figures.style_of(method).label} | {price} | " + " | ".join(cells) + " |")
     heads = json.loads(HEADS.read_text())
     (num_test,) = {heads[task]["num_test"] for task in TASKS}
     accuracies = (f"{heads[task]['test_accuracy']:.1%}" for task in TASKS)
-    lines.append(f"| *head, accuracy on {num_test:,} test pictures* | " + " | ".join(accuracies) + " |")
+    lines.append(f"| *head, accuracy on {num_test:,} test pictures* | | " + " | ".join(accuracies) + " |")
     kept, removed = (_number(learned[name], 2) for name in ("r2_kept", "r2_removed"))
     mean, full = (_number(learned[name], 2) for name in ("trivial_mean_r2_kept", "trivial_full_r2_removed"))
-    tve_s, exact_s = (_number(metrics["seconds"][name], 2) for name in ("tve", "exact_windows"))
+    tve_s, exact_s = (_number(1000 * metrics["maps"][name]["seconds"], 1) for name in ("tve", "exact_windows"))
     lines += [
         "",
         f"R² within a picture: ĝ (window alone) {kept}, against {mean} for the mean of g; "
         f"ĥ (window removed) {removed}, against {full} for G(x).",
         "",
-        f"{metrics['num_pictures']} pictures took {tve_s} s with TVE and {exact_s} s with exact windows.",
+        f"{metrics['num_pictures']} pictures; a map takes {tve_s} ms with TVE and {exact_s} ms with exact windows.",
     ]
     return "\n".join(lines)
 

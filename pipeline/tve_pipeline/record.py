@@ -26,10 +26,11 @@ def main(argv: list[str]) -> None:
         shutil.copy(results / "pretrain" / backbone / "metrics.json", folder / "pretrain.json")
         shutil.copy(results / "pretrain" / backbone / "training.csv", folder / "training.csv")
         for dataset in load_section("run", RunParams).task_datasets:
-            cell = results / "evaluate" / f"{backbone}-{dataset}"
-            if cell.is_dir():
-                shutil.copy(cell / "scores.csv", folder / f"scores-{dataset}.csv")
-                shutil.copy(cell / "metrics.json", folder / f"metrics-{dataset}.json")
+            name = f"{backbone}-{dataset}"
+            for scores in sorted((results / "evaluate" / name).glob("*/scores.csv")):
+                shutil.copy(scores, folder / f"scores-{dataset}-{scores.parent.name}.csv")
+            if (compared := results / "compare" / name / "metrics.json").is_file():
+                shutil.copy(compared, folder / f"metrics-{dataset}.json")
         document = {
             "files": {file.name: file_sha256(file) for file in sorted(folder.iterdir())},
             "backbone_sha256": export["backbone_sha256"],

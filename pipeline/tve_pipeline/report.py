@@ -44,8 +44,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
-# The curves leave out what differs from another line by the window mean alone; the tables have it.
-CURVE_METHODS = ("random", "random_blurred", "centre", "tve_hg", "exact_windows", "tve")
+# One of each kind: the tables have all.
+CURVE_METHODS = (
+    *("random", "centre", "integrated_gradients", "attn_lrp"),
+    *("rise_200", "vit_shapley", "exact_windows", "tve"),
+)
 PANEL_INCHES = (2.35, 2.0)  # small, so that four of them side by side on the page are still read
 # What a panel shows, what to wish for, and where the value stands in a curve's points.
 PANELS = (("S* removed", "higher is better", 2), ("S* kept alone", "lower is better", 1))
@@ -157,6 +160,7 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
         "name_datasets": len(datasets) > 1 and any(column["dataset"] != column["task"] for column in columns),
         "legend": [figures.style_of(method) for method in reversed(CURVE_METHODS) if method in present],
         "density": density_table(columns),
+        "prices": _prices(report, backbone),
         "removals": [
             {
                 "name": removal,
@@ -171,6 +175,44 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
             }
             for removal in removals_of(report.results, backbone, report.trained_for[backbone])
         ],
+    }
+
+
+def _prices(report: Report, backbone: str) -> dict[str, Any]:
+    """What a map takes, by method, and a figure of it against the fidelities' means over all tasks."""
+    trained_for = report.trained_for[backbone]
+    maps: dict[str, dict[str, Any]] = {}
+    scores: dict[str, list[dict[str, Any]]] = {}
+    for (name, _), evaluation in report.results.evaluations.items():
+        if name == backbone:
+            maps |= evaluation.metrics.get("maps", {})
+            for result in evaluation.tasks.values():
+                for method, by_removal in result["methods"].items():
+                    scores.setdefault(method, []).append(by_removal.get(trained_for, {}))
+    points = [
+        figures.Price(
+            method,
+            found["seconds"],
+            *(sum(each[f]["mean"] for each in scores[method]) / len(scores[method]) for f in FIDELITIES),
+        )
+        for method, found in maps.items()
+        if found["seconds"] is not None and found["forwards"] and all(scores.get(method, [{}]))
+    ]
+    order = [method for group in methods_of(columns_of(report.results, backbone)) for method in group]
+    return {
+        "rows": [
+            {
+                "label": figures.style_of(method).label,
+                "forwards": maps[method]["forwards"],
+                "backwards": maps[method]["backwards"] or "",
+                "milliseconds": number((s := maps[method]["seconds"]) and 1000 * s, 1, leading_zero=True),
+            }
+            for method in order
+            if method in maps
+        ],
+        "figure": _svg(figures.price_against_fidelity(points), f"price against fidelity, {backbone}")
+        if points
+        else None,
     }
 
 

@@ -1,6 +1,6 @@
 """What the report reads: the results folders of a profile, whatever of them is there.
 
-    results/P/evaluate/<backbone>-<dataset>/{metrics.json, curves.csv, heatmaps.npz, heatmaps.json}
+    results/P/compare/<backbone>-<dataset>/{metrics.json, curves.csv, heatmaps.npz, heatmaps.json}
     results/P/pretrain/<backbone>/{metrics.json, training.csv}
     results/P/heads/<backbone>-<dataset>/metrics.json
 
@@ -99,7 +99,7 @@ class Results:
 def read_results(folder: Path, backbones: tuple[str, ...], datasets: tuple[str, ...]) -> Results:
     """The results under `folder` (results/P) for these backbones and datasets."""
     pairs = {(backbone, dataset): f"{backbone}-{dataset}" for backbone in backbones for dataset in datasets}
-    evaluations = {pair: _evaluation(folder / "evaluate" / name) for pair, name in pairs.items()}
+    evaluations = {pair: _evaluation(folder / "compare" / name) for pair, name in pairs.items()}
     pretraining = {name: _pretraining(folder / "pretrain" / name) for name in backbones}
     heads = {pair: _metrics(folder / "heads" / name) for pair, name in pairs.items()}
     return Results(
@@ -142,7 +142,7 @@ def _evaluation(folder: Path) -> Evaluation | None:
     curves: dict[tuple[str, str, str], list[tuple[float, float, float]]] = defaultdict(list)
     for row in _rows(folder / "curves.csv"):
         point = (float(row["fraction"]), float(row["kept_probability_drop"]), float(row["removed_probability_drop"]))
-        curves[row["task"], row["removal"], row["method"]].append(point)
+        curves[row["task"], row["removal"], row["map"]].append(point)
     return Evaluation(metrics, {key: sorted(points) for key, points in curves.items()}, _heatmaps(folder))
 
 

@@ -6,7 +6,15 @@ from typing import Any
 from tve.figures import style_of
 from tve_pipeline.report_results import CONTROLS, FIDELITIES, REFERENCES, Results
 
-GROUPS = (("tve", "tve_u", "tve_hg"), CONTROLS, REFERENCES)
+# In the order of the tables; a number at the end of a name is a budget of evaluations.
+GROUPS = (
+    ("tve", "tve_u", "tve_hg", "tve_untrained", "tve_untrained_u"),
+    ("vit_shapley",),
+    ("integrated_gradients", "deep_lift", "gradient_shap", "grad_cam", "rollout", "attn_lrp"),
+    ("rise", "kernel_shap", "lime", "occlusion"),
+    CONTROLS,
+    REFERENCES,
+)
 DENSITY_METHODS = ("tve", "tve_u", "tve_hg", "random", "exact_windows", "exact_windows_u")
 SIGN_OF_BETTER = {"fidelity_plus": 1, "fidelity_minus": -1}
 Cell = dict[str, Any] | None
@@ -35,12 +43,21 @@ def columns_of(results: Results, backbone: str) -> list[dict[str, Any]]:
 
 
 def methods_of(columns: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """Groups of methods in the order of the tables: explanations, controls, references; unknown ones beside TVE."""
+    """Groups of methods in the order of the tables, the references last; unknown ones stand beside TVE."""
     present = dict.fromkeys(method for column in columns if column["result"] for method in column["result"]["methods"])
-    known = {method for group in GROUPS for method in group}
-    groups = [tuple(method for method in group if method in present) for group in GROUPS]
-    groups[0] += tuple(method for method in present if method not in known)
-    return [group for group in groups if group]
+    groups: list[list[str]] = [[] for _ in GROUPS]
+    for method in sorted(present, key=_place):
+        groups[_place(method)[0]].append(method)
+    return [tuple(group) for group in groups if group]
+
+
+def _place(method: str) -> tuple[int, int, int]:
+    """Where a method stands: its group, its place there, its budget."""
+    base, _, budget = method.rpartition("_") if method.rpartition("_")[2].isdigit() else (method, "", "0")
+    for number, group in enumerate(GROUPS):
+        if base in group:
+            return number, group.index(base), int(budget)
+    return 0, len(GROUPS[0]), int(budget)
 
 
 def fidelity_table(columns: list[dict[str, Any]], removal: str) -> list[list[dict[str, Any]]]:
@@ -83,8 +100,7 @@ def difference_table(columns: list[dict[str, Any]], removal: str) -> list[dict[s
     rows = []
     found = [(column["result"] or {}).get("differences", {}).get(removal, {}) for column in columns]
     present = dict.fromkeys(method for differences in found for method in differences)
-    order = [*CONTROLS, "tve_u", "tve_hg", *REFERENCES]
-    for method in sorted(present, key=lambda name: order.index(name) if name in order else len(order)):
+    for method in sorted(present, key=lambda name: (name not in CONTROLS, _place(name))):
         cells = [
             _difference(differences[method][fidelity], fidelity) if method in differences else None
             for differences in found

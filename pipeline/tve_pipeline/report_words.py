@@ -32,6 +32,16 @@ GLOSSARY = {
     "TVE": "the explainer's ĝ and ĥ read through the task's head: one forward pass, nothing trained on the task; "
     "“no window mean” is u, the same before averaging over windows",
     "TVE-Hg": "the same explainer read through the backbone's own classifier instead of the task's head: an ablation",
+    "Untrained TVE": "an explainer of the same form with the weights that training starts from",
+    "ViT-Shapley": "a network trained, on the same unlabelled pictures, to predict Shapley values of the backbone's "
+    "own head (Covert et al., 2023), carried over to the task as TVE-Hg is",
+    "Integrated Gradients, DeepLift, GradSHAP": "captum's, against the zero picture, for the logit, summed over each "
+    "patch",
+    "Grad-CAM, attention rollout, AttnLRP": "read from the last block's activations and gradients, from all attention "
+    "(whatever the class), and by layer-wise relevance propagation (Achtibat et al., 2024)",
+    "RISE, Kernel SHAP, LIME": "as many masked copies of the picture as the number says; RISE of random halves, the "
+    "others captum's",
+    "Occlusion": "captum's: the drop of the probability when a window slides over the picture",
     "Exact windows": "the quantity that TVE predicts, evaluated at two passes of the backbone per patch: a reference, "
     "not a bound",
     "Random": "uniform noise; “blurred” is the same noise under the window mean, since removal rewards blur",
@@ -82,8 +92,9 @@ def protocol(results: Results, sections: Sections) -> list[str]:
             "pseudo-random order.",
             "F⁺ = p(y|x) − p(y|x without S*), higher is better. F⁻ = p(y|x) − p(y|x with S* only), "
             "lower is better. Both are means over levels, then over pictures, ± the standard deviation over pictures.",
-            f"Intervals of TVE minus another method are 95 % paired bootstrap intervals over pictures, of "
-            f"{_count(evaluate['num_bootstrap'])} resamples. Where an interval holds zero, nothing is claimed.",
+            "Intervals of TVE minus another method are 95 % paired bootstrap intervals over pictures, of "
+            f"{_count(sections['compare']['num_bootstrap'])} resamples. Where an interval holds zero, nothing is "
+            "claimed.",
             f"TVE and the exact windows are read as the {evaluate['output'].replace('_', '-')} of y. Maps are never "
             "rescaled or clipped for a score; for display alone each takes its own scale, centred at zero.",
         ]

@@ -1,0 +1,31 @@
+"""Stage `evaluate_shapley`: the ViT-Shapley of the stage `shapley`, evaluated as every other method is.
+
+    python -m tve_pipeline.evaluate_shapley BACKBONE DATASET
+
+A stage of its own, since it alone reads what was trained for it.
+"""
+
+from pathlib import Path
+
+from tve.baselines.vit_shapley import VitShapley, load_vit_shapley
+
+from tve.baselines.method import Method
+from tve_pipeline.entry import run_stage
+from tve_pipeline.evaluation import Given, run_cell
+from tve_pipeline.params import active_profile
+
+NAME = "vit_shapley"
+
+
+def main(argv: list[str]) -> None:
+    backbone, dataset = argv
+    folder = Path("models", active_profile(), "shapley", backbone)
+
+    def build(given: Given) -> Method:
+        return VitShapley(load_vit_shapley(folder, given.explainer.backbone))
+
+    run_cell(backbone, dataset, NAME, {}, build)
+
+
+if __name__ == "__main__":
+    run_stage("evaluate_shapley", main, "BACKBONE", "DATASET")

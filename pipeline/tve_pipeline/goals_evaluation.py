@@ -1,0 +1,223 @@
+"""The evaluation's goals, measured from the pictures' rows: one JSON line each, a non-zero exit where one falls short.
+
+    python -m tve_pipeline.goals_evaluation [--num-pictures 50] [--full]
+
+Rows are used only after the outputs' bytes were hashed and found to be those of dvc.lock. By default the first 50
+pictures of `scenes`; `--full` (make goals-evaluation FULL=1): all pictures. A cell is a (backbone, task).
+"""
+
+import argparse
+import functools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tve.baselines.method import Question
+from tve.baselines.perturbation import Occlusion
+from tve.baselines.rise import conditional_means
+from tve.coalitions import Windows, random_halves
+from tve.evaluator import CoalitionEvaluator
+from tve.explainer import Explainer
+from tve.export import load_explainer
+from tve.fidelity.statistics import paired_bootstrap, share_of_way
+from tve.fidelity.v_information import all_coalitions
+from tve.heads import load_head
+from tve.meta_attribution import exact_windows
+from tve.pictures import ordered_batches
+from tve.shards import Shards
+from tve.transfer_rule import TransferRule, class_maps
+from tve_pipeline.compare import FIDELITIES, SIGN_OF_BETTER, CellScores, read_cell
+from tve_pipeline.goal_lines import Goals
+from tve_pipeline.goals import cells, verify_outputs
+
+PROFILES = ("scenes",)
+RIVALS = ("vit_shapley", "integrated_gradients", "deep_lift", "gradient_shap", "rollout")
+CONTROLS = ("random_blurred", "centre")
+SAMPLERS = ("rise", "kernel_shap", "lime")
+BARS_OF_WAY = {"fidelity_plus": 0.80, "fidelity_minus": 0.70}
+NEVER = 1001  # a budget above every one that was tried
+NUM_RESAMPLES = 10_000
+TIMED_BATCH, TIMED_ROUNDS = 32, 9
+PARITY_PICTURES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One task of one backbone: the fidelities of every map, under the removal that the explainer was trained for."""
+
+    name: str
+    scores: dict[str, dict[str, NDArray[np.float64]]]  # map -> fidelity -> [N]
+
+    def difference(self, method: str, reference: str = "tve") -> dict[str, tuple[float, float]]:
+        """By fidelity, the 95 % interval of the reference's lead over a method; above 0 it is better."""
+        leads_NK = np.stack(
+            [SIGN_OF_BETTER[f] * (self.scores[reference][f] - self.scores[method][f]) for f in FIDELITIES], axis=1
+        )
+        intervals = paired_bootstrap(leads_NK, NUM_RESAMPLES, seed=0)
+        return {f: (each.low, each.high) for f, each in zip(FIDELITIES, intervals, strict=True)}
+
+    def beats(self, method: str) -> bool:
+        """Whether TVE is better in both fidelities, with intervals clear of zero."""
+        return all(low > 0 for low, _ in self.difference(method).values())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-pictures", type=int, default=50, help="of each cell, the first by their keys")
+    parser.add_argument("--full", action="store_true", help="all pictures")
+    arguments = parser.parse_args(argv)
+    goals = Goals()
+    for profile in PROFILES:
+        verify_outputs(profile)
+        columns = list(read_columns(profile, None if arguments.full else arguments.num_pictures))
+        against_rivals(goals, profile, columns)
+        overtaken(goals, profile, columns)
+        shares_of_way(goals, profile, columns)
+        for backbone, dataset in cells(profile):
+            price(goals, profile, backbone, dataset)
+            occlusion_parity(goals, profile, backbone, dataset)
+    rise_converges(goals)
+    return 1 if goals.fell_short else 0
+
+
+def read_columns(profile: str, num_pictures: int | None) -> Iterator[Column]:
+    """Every task of every backbone of a profile."""
+    for backbone, dataset in cells(profile):
+        folder = Path("results", profile, "evaluate", f"{backbone}-{dataset}")
+        cell = read_cell(folder, sorted(each.name for each in folder.iterdir()))
+        assert cell is not None, folder
+        for task in cell.tasks:
+            yield Column(f"{backbone}, {task}", _fidelities(cell, task, num_pictures))
+
+
+def against_rivals(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
+    """In which share of the cells TVE beats each rival, and each control."""
+    for names, bar in ((RIVALS, 0.80), (CONTROLS, 1.0)):
+        for method in names:
+            there = [column for column in columns if method in column.scores]
+            share = sum(column.beats(method) for column in there) / len(there) if there else None
+            goals.at_least(f"{profile}: cells in which TVE beats {method} in both fidelities", share, bar, "share")
+
+
+def overtaken(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
+    """The least budget, over cells, at which a sampler's mean passes TVE's in a fidelity; 1001 where none does."""
+    for sampler in SAMPLERS:
+        budgets = sorted({int(m.rpartition("_")[2]) for c in columns for m in c.scores if m.startswith(f"{sampler}_")})
+        for fidelity in FIDELITIES:
+            passing = [
+                next((budget for budget in budgets if _passes(column, f"{sampler}_{budget}", fidelity)), NEVER)
+                for column in columns
+            ]
+            value = float(min(passing)) if budgets else None
+            goals.at_least(f"{profile}: budget at which {sampler} passes TVE, {fidelity}", value, 50, "evaluations")
+
+
+def shares_of_way(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
+    """The least share of the way from random to exact windows, over the cells in which these two differ."""
+    for fidelity, bar in BARS_OF_WAY.items():
+        shares = []
+        for column in columns:
+            low, high = column.difference("random", "exact_windows")[fidelity]
+            if low > 0 or high < 0:
+                means = (float(column.scores[m][fidelity].mean()) for m in ("tve", "random", "exact_windows"))
+                shares.append(share_of_way(*means))
+        goals.at_least(f"{profile}: least share of the way, {fidelity}", min(shares, default=None), bar, "share")
+
+
+@torch.no_grad()
+def price(goals: Goals, profile: str, backbone: str, dataset: str) -> None:
+    """What ĝ, ĥ and the maps of all classes take beyond G(x), as a multiple of one classification."""
+    explainer, images, head = _at_hand(profile, backbone, dataset, TIMED_BATCH)
+    classify = functools.partial(_classify, explainer.backbone, head, images)
+    ratios = []
+    for program in (classify, functools.partial(explainer.explain_all, images, head)):
+        program()
+    for _ in range(TIMED_ROUNDS):
+        classification_s = _seconds(classify)
+        ratios.append(
+            (_seconds(functools.partial(explainer.explain_all, images, head)) - classification_s) / classification_s
+        )
+    value = float(np.median(ratios))
+    goals.at_most(f"{profile}, {backbone}: ĝ, ĥ and all maps, G(x) given, batch 32", value, 1.5, "classifications")
+
+
+@torch.no_grad()
+def occlusion_parity(goals: Goals, profile: str, backbone: str, dataset: str) -> None:
+    """Largest difference between captum's occlusion and the exact windows' second bracket, on the same masks."""
+
+    explainer, images, head = _at_hand(profile, backbone, dataset, PARITY_PICTURES)
+    evaluator = CoalitionEvaluator(explainer.backbone, explainer.config.removal)
+    target = head(evaluator.full(images)).argmax(-1)
+    windows = Windows(explainer.backbone.patches_per_side, 0)
+    meta = exact_windows(evaluator, images, windows)
+    ours = class_maps(meta, head, target, TransferRule("probability", weight_kept=0.0))
+    keys = [str(number) for number in range(len(images))]
+    answers = Occlusion(evaluator, radius=0)(images, keys, {"task": Question(head, target)})
+    error = float((answers["task", "occlusion"].map_BPP - ours).abs().max())
+    goals.at_most(f"{profile}, {backbone}: occlusion against captum's", error, 1e-5, "probability")
+
+
+def rise_converges(goals: Goals) -> None:
+    """RISE on a 3 x 3 grid against the conditional means over all its halves, in standard errors."""
+
+    every = all_coalitions(3)
+    halves = every[every.flatten(1).sum(1) == 4]
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(9, 9, generator=generator, dtype=torch.float64)
+
+    def game(present_KPP: Tensor) -> Tensor:
+        rows = present_KPP.flatten(1).double()
+        return torch.einsum("kn,nm,km->k", rows, weight, rows)
+
+    exact = conditional_means(game(halves), halves)
+    drawn = random_halves(100_000, 3, generator)
+    error = float((conditional_means(game(drawn), drawn) - exact).abs().max())
+    standard_error = float(game(halves).std()) / (len(drawn) * 4 / 9) ** 0.5
+    goals.at_most(
+        "RISE on 3 x 3, 100,000 halves, from the exact conditional mean", error / standard_error, 4.0, "standard errors"
+    )
+
+
+def _fidelities(cell: CellScores, task: str, num_pictures: int | None) -> dict[str, dict[str, NDArray[np.float64]]]:
+    removal = next(iter(cell.facts.values()))["trained_for"]
+    return {
+        name: {f: cell.scores[task, name][f"{removal}_{f}"][:num_pictures] for f in FIDELITIES}
+        for name in cell.maps(task)
+    }
+
+
+def _passes(column: Column, method: str, fidelity: str) -> bool:
+    sign = SIGN_OF_BETTER[fidelity]
+    found = column.scores.get(method)
+    return found is not None and bool(sign * found[fidelity].mean() > sign * column.scores["tve"][fidelity].mean())
+
+
+def _at_hand(profile: str, backbone: str, dataset: str, count: int) -> tuple[Explainer, Tensor, nn.Linear]:
+    """An explainer, some test pictures, and the head of the dataset's first task."""
+    explainer = load_explainer(Path("models", profile, "export", backbone))
+    shards = Shards.open(Path("data", profile, "shards", dataset))
+    _, images = next(ordered_batches(shards, "test", explainer.backbone, batch_size=count))
+    file = sorted(Path("models", profile, "heads", f"{backbone}-{dataset}").glob("*.safetensors"))[0]
+    return explainer, images, load_head(file, explainer.backbone.embed_dim)
+
+
+def _classify(backbone: nn.Module, head: nn.Module, images: Tensor) -> Tensor:
+    logits: Tensor = head(backbone(images))
+    return logits
+
+
+def _seconds(program: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    program()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    sys.exit(main())
