@@ -52,7 +52,7 @@ MAPS = {
     "controls": {"random", "random_blurred", "centre"},
 }
 ALL_MAPS = set().union(*MAPS.values())
-ORIGINS = dict.fromkeys(("backbone_sha256", "heads_sha256", "shards_sha256", "protocol_sha256"), "0" * 64)
+ORIGINS = {f"{name}_sha256": "0" * 64 for name in ("backbone", "explainer", "heads", "shards", "protocol")}
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def evaluated(
         evaluators = make_evaluators(explainer, params)
         evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
     folder.mkdir(parents=True)
-    facts = {"method": folder.name, "trained_for": "drop", "origins": ORIGINS}
+    facts = {"method": folder.name, "trained_for": "drop", "origins": ORIGINS, "evaluate": {"seed": params.seed}}
     write_results(parts, params.fractions, list(heads), facts, folder)
     return folder
 

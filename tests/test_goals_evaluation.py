@@ -48,7 +48,7 @@ def test_the_budget_that_passes_is_the_least_over_cells_and_none_is_beyond_all(
     overtaken(Goals(), "p", columns)
     found = lines(capsys)
     assert found["p: budget at which rise passes TVE, fidelity_plus"]["value"] == 100
-    assert found["p: budget at which rise passes TVE, fidelity_minus"]["value"] == 1001
+    assert found["p: budget at which rise passes TVE, fidelity_minus"]["value"] == 101
     assert found["p: budget at which lime passes TVE, fidelity_plus"]["ok"] is None
 
 

@@ -119,13 +119,21 @@ def read_cell(folder: Path, methods: Sequence[str]) -> CellScores | None:
     others = {name: _facts(folder / name) for name in methods if name not in there}
     not_defined = {name: facts["not_defined"] for name, facts in others.items() if "not_defined" in facts}
     scores: dict[tuple[str, str], Scores] = {}
+    explained: dict[str, tuple[str, ...]] = {}  # by task, the class of each picture
     facts: dict[str, dict[str, Any]] = {}
     keys: tuple[str, ...] = ()
     for method, path in there.items():
         facts[method] = _facts(path)
-        for column, mine, found in _read_scores(path / "scores.csv"):
+        for column, mine, classes, found in _read_scores(path / "scores.csv"):
             if keys and mine != keys:
-                raise ValueError(f"{path}: expected the {len(keys)} pictures of the other methods, got others")
+                raise ValueError(
+                    f"{path}: expected the {len(keys)} pictures of the other methods, got others; run `dvc repro`"
+                )
+            if explained.setdefault(column[0], classes) != classes:
+                raise ValueError(
+                    f"{path}: {column[0]}: expected the classes that the other methods explain, got others; evaluate "
+                    "all methods on one kind of device"
+                )
             keys, scores[column] = mine, found
     _require_one_origin(folder, facts)
     first = next(iter(scores.values()))
@@ -261,8 +269,8 @@ def _mean(values_N: NDArray[np.float64]) -> float | None:
     return float(there.mean()) if len(there) else None
 
 
-def _read_scores(path: Path) -> Iterator[tuple[tuple[str, str], tuple[str, ...], Scores]]:
-    """(task, map), the pictures' keys in order, and each numeric column; what is empty is NaN."""
+def _read_scores(path: Path) -> Iterator[tuple[tuple[str, str], tuple[str, ...], tuple[str, ...], Scores]]:
+    """(task, map), the pictures' keys in order, their classes, and each numeric column; what is empty is NaN."""
     rows: dict[tuple[str, str], list[dict[str, str]]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -271,15 +279,18 @@ def _read_scores(path: Path) -> Iterator[tuple[tuple[str, str], tuple[str, ...],
         mine.sort(key=lambda row: row["key"])
         numbers = [name for name in mine[0] if name not in WORDS]
         arrays = {name: np.array([float(row[name] or "nan") for row in mine]) for name in numbers}
-        yield column, tuple(row["key"] for row in mine), arrays
+        yield column, tuple(row["key"] for row in mine), tuple(row["predicted"] for row in mine), arrays
 
 
 def _require_one_origin(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError where methods were measured on other weights, pictures or another protocol than each other."""
-    for name in ("backbone_sha256", "heads_sha256", "shards_sha256", "protocol_sha256"):
+    for name in ("backbone_sha256", "explainer_sha256", "heads_sha256", "shards_sha256", "protocol_sha256"):
         values = {method: found["origins"][name] for method, found in facts.items()}
         if len(set(values.values())) > 1:
             raise ValueError(f"{folder}: expected one {name} for every method, got {values}; run `dvc repro`")
+    settings = {method: json.dumps(found["evaluate"], sort_keys=True) for method, found in facts.items()}
+    if len(set(settings.values())) > 1:
+        raise ValueError(f"{folder}: expected one section `evaluate` for every method, got {settings}; run `dvc repro`")
 
 
 def _join_curves(folders: Sequence[Path], path: Path) -> None:

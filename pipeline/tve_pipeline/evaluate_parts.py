@@ -4,10 +4,10 @@ A folder of parts belongs to one set of inputs, settings and code: parts of anot
 """
 
 import hashlib
+import importlib
 import io
 import json
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -78,10 +78,10 @@ class Parts:
 
 
 def code_digest() -> str:
-    """SHA-256 over the sources of this project's modules that are loaded, in the order of their names."""
+    """SHA-256 over the sources of this project's packages, in the order of their paths."""
     digest = hashlib.sha256()
-    for name in sorted(sys.modules):
-        file = getattr(sys.modules[name], "__file__", None)
-        if name.split(".")[0] in PACKAGES and file is not None:
-            digest.update(f"{name}\n".encode() + Path(file).read_bytes())
+    for package in PACKAGES:
+        root = Path(str(importlib.import_module(package).__file__)).parent
+        for file in sorted(root.rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(root).as_posix()}\n".encode() + file.read_bytes())
     return digest.hexdigest()

@@ -5,11 +5,11 @@
 A stage of its own, since it alone reads what was trained for it.
 """
 
+import json
 from pathlib import Path
 
-from tve.baselines.vit_shapley import VitShapley, load_vit_shapley
-
 from tve.baselines.method import Method
+from tve.baselines.vit_shapley import CONFIG_FILE, VitShapley, load_vit_shapley
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluation import Given, run_cell
 from tve_pipeline.params import active_profile
@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
     def build(given: Given) -> Method:
         return VitShapley(load_vit_shapley(folder, given.explainer.backbone))
 
-    run_cell(backbone, dataset, NAME, {}, build)
+    trained = json.loads((folder / CONFIG_FILE).read_text())
+    settings = {name: trained[name] for name in ("vit_shapley_sha256", "surrogate_sha256", "facts")}
+    run_cell(backbone, dataset, NAME, settings, build)
 
 
 if __name__ == "__main__":

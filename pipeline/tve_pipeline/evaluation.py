@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,16 @@ def run_cell(
     """
     profile, cell = active_profile(), f"{backbone}-{dataset}"
     params = load_section("evaluate", EvaluateParams)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     shards = Shards.open(Path("data", profile, "shards", dataset))
     export, head_folder = Path("models", profile, "export", backbone), Path("models", profile, "heads", cell)
     explainer = load_explainer(export).to(device)
     heads = load_task_heads(head_folder, explainer.backbone, shards.tasks)
     results_folder = Path("results", profile, "evaluate", cell, name)
     if reason := obstacle(explainer.backbone):
-        with whole_folder(results_folder) as results:
-            write_json(results / "facts.json", {"method": name, "not_defined": reason})
+        if os.environ.get("RANK", "0") == "0":
+            with whole_folder(results_folder) as results:
+                write_json(results / "facts.json", {"method": name, "not_defined": reason})
         return
     evaluators = make_evaluators(explainer, params)
     method = build(Given(explainer, evaluators[explainer.config.removal], params))
@@ -87,7 +89,13 @@ def run_cell(
         "protocol_sha256": file_sha256(PROTOCOL),
         "code_sha256": code_digest(),
     }
-    made_from = {"origins": origins, "evaluate": params.model_dump(mode="json"), "method": dict(settings)}
+    made_from = {
+        "origins": origins,
+        "evaluate": params.model_dump(mode="json"),
+        "method": dict(settings),
+        "device": device.type,
+        "torch": torch.__version__,
+    }
     with several_processes() as (rank, world_size):
         parts = Parts.open(Path(".tve", "evaluate", profile, cell, name), made_from)
         evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
@@ -99,6 +107,8 @@ def run_cell(
                 facts = {
                     "method": name,
                     "settings": dict(settings),
+                    "evaluate": params.model_dump(mode="json"),
+                    "num_processes": world_size,  # which slow each other down
                     "trained_for": explainer.config.removal,
                     "backends": {r: f"{each.choice.backend}: {each.choice.reason}" for r, each in evaluators.items()},
                     "precision": f"{arithmetic.precision}: {arithmetic.reason}",
@@ -205,6 +215,13 @@ def batches(shards: Shards, params: EvaluateParams, num_pictures: int) -> Iterat
         yield batch
 
 
+def own_device() -> torch.device:
+    """The GPU of this process, of those that torchrun started, or the CPU where there is none."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
 @contextmanager
 def several_processes() -> Iterator[tuple[int, int]]:
     """Rank and number of the processes that torchrun started, or of one."""
@@ -212,7 +229,8 @@ def several_processes() -> Iterator[tuple[int, int]]:
     if world_size == 1:
         yield 0, 1
         return
-    torch.distributed.init_process_group("gloo")
+    # Processes wait for the slowest, however long its share takes.
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         yield torch.distributed.get_rank(), world_size
     finally:

@@ -202,6 +202,11 @@ def cells(profile: str) -> list[tuple[str, str]]:
     return [(backbone, dataset) for backbone in run["backbones"] for dataset in run["task_datasets"]]
 
 
+def methods_of(profile: str) -> tuple[str, ...]:
+    """What `run.methods` of a profile names."""
+    return tuple(_params(profile)["run"]["methods"])
+
+
 def verify_outputs(profile: str) -> None:
     """Hashes every output of the profile's stages from its bytes; anything but what dvc.lock names ends the run."""
     stages = yaml.safe_load(Path("dvc.lock").read_text())["stages"]

@@ -7,15 +7,15 @@ from typing import Annotated, Any
 import torch
 from pydantic import Field
 from torch import nn
-from tve.baselines.attention import AttentionRollout, GradCam, rollout_obstacle
-from tve.baselines.attn_lrp import AttnLrp, attn_lrp_obstacle
-from tve.baselines.gradients import DeepLift, GradientShap, IntegratedGradients
-from tve.baselines.perturbation import KernelShap, Lime, Occlusion
-from tve.baselines.rise import Rise
 
 from tve.backbones import Backbone
+from tve.baselines.attention import AttentionRollout, GradCam, grad_cam_obstacle, rollout_obstacle
+from tve.baselines.attn_lrp import AttnLrp, attn_lrp_obstacle
+from tve.baselines.gradients import DeepLift, GradientShap, IntegratedGradients
 from tve.baselines.method import Method
+from tve.baselines.perturbation import KernelShap, Lime, Occlusion
 from tve.baselines.readings import Controls, OwnHead, reading_of_explainer, reading_of_windows
+from tve.baselines.rise import Rise
 from tve.explainer import Explainer
 from tve.transfer_rule import TransferRule
 from tve_pipeline.evaluation import Given
@@ -94,20 +94,20 @@ def _untrained(given: Given, own: UntrainedParams) -> Method:
 
 
 def _own_head(given: Given, _: NoSettings) -> Method:
-    backbone, params = given.explainer.backbone, given.params
-    head = backbone.classifier()
-    if head is None:
-        raise ValueError(
-            f"tve_hg: expected a backbone with one linear classifier, got {backbone.config.name}, which has none; "
-            "leave the method out of run.methods"
-        )
-    return OwnHead(given.explainer, head, TransferRule(params.output, window_mean=params.window_mean))
+    head = given.explainer.backbone.classifier()
+    assert head is not None, "no_classifier"
+    return OwnHead(given.explainer, head, TransferRule(given.params.output, window_mean=given.params.window_mean))
+
+
+def no_classifier(backbone: Backbone) -> str:
+    """Why there is no H_g, or "" where there is."""
+    return "" if backbone.classifier() is not None else "the backbone has no single linear classifier of its own"
 
 
 METHODS: dict[str, Known] = {
     "tve": Known(NoSettings, lambda given, _: reading_of_explainer(given.explainer, given.params.output)),
     "exact_windows": Known(NoSettings, _exact_windows),
-    "tve_hg": Known(NoSettings, _own_head),
+    "tve_hg": Known(NoSettings, _own_head, no_classifier),
     "tve_untrained": Known(UntrainedParams, _untrained),
     "controls": Known(NoSettings, _controls),
     "rise": Known(BudgetParams, lambda given, own: Rise(given.evaluator, own.budgets, seed=given.params.seed)),
@@ -124,7 +124,7 @@ METHODS: dict[str, Known] = {
         SamplesParams,
         lambda given, own: GradientShap(given.explainer.backbone, num_samples=own.num_samples, seed=given.params.seed),
     ),
-    "grad_cam": Known(NoSettings, lambda given, _: GradCam(given.explainer.backbone)),
+    "grad_cam": Known(NoSettings, lambda given, _: GradCam(given.explainer.backbone), grad_cam_obstacle),
     "rollout": Known(NoSettings, lambda given, _: AttentionRollout(given.explainer.backbone), rollout_obstacle),
     "attn_lrp": Known(NoSettings, lambda given, _: AttnLrp(given.explainer.backbone), attn_lrp_obstacle),
 }

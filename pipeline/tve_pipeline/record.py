@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 from tve.digests import file_sha256
+from tve_pipeline.compare import SHAPLEY
 from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_section
@@ -19,16 +20,19 @@ from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_sec
 
 def main(argv: list[str]) -> None:
     (backbone,) = argv
-    profile = active_profile()
+    profile, run = active_profile(), load_section("run", RunParams)
     results = Path("results", profile)
     export = json.loads(Path("models", profile, "export", backbone, "config.json").read_text())
     with whole_folder(Path("docs", "records", profile, backbone)) as folder:
         shutil.copy(results / "pretrain" / backbone / "metrics.json", folder / "pretrain.json")
         shutil.copy(results / "pretrain" / backbone / "training.csv", folder / "training.csv")
-        for dataset in load_section("run", RunParams).task_datasets:
+        for dataset in run.task_datasets:
             name = f"{backbone}-{dataset}"
-            for scores in sorted((results / "evaluate" / name).glob("*/scores.csv")):
-                shutil.copy(scores, folder / f"scores-{dataset}-{scores.parent.name}.csv")
+            for method in (*run.methods, SHAPLEY):
+                scores = results / "evaluate" / name / method / "scores.csv"
+                if scores.is_file():
+                    shutil.copy(scores, folder / f"scores-{dataset}-{method}.csv")
+                    shutil.copy(scores.with_name("facts.json"), folder / f"facts-{dataset}-{method}.json")
             if (compared := results / "compare" / name / "metrics.json").is_file():
                 shutil.copy(compared, folder / f"metrics-{dataset}.json")
         document = {

@@ -93,6 +93,11 @@ class Results:
                 for name, dataset in pairs
                 if (name, dataset) not in self.evaluations
             ]
+            + [
+                f"{method} of {name} on {dataset}"
+                for (name, dataset), evaluation in self.evaluations.items()
+                for method in evaluation.metrics.get("missing", [])
+            ]
         )
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tve.figures import style_of
 from tve_pipeline.report_results import CONTROLS, FIDELITIES, Results
 from tve_pipeline.report_tables import number, percent, times, verdict_of
 
@@ -123,6 +124,8 @@ def cut_short(results: Results, sections: Sections) -> list[str]:
             sentences.append(
                 f"{backbone} on {dataset} was scored on {_count(num_pictures)} of {_count(num_test)} test pictures."
             )
+        for method, reason in evaluation.metrics.get("not_defined", {}).items():
+            sentences.append(f"{style_of(method).label} is not defined for {backbone}: {reason}.")
     for dataset in results.datasets:
         splits = sections["datasets"].get(dataset, {}).get("splits") or {}
         for split, values in splits.items():

@@ -89,3 +89,11 @@ def test_no_stage_imports_another_stage_but_check_which_reads_their_sections() -
     for stage in set(STAGES) - allowed:
         others = {f"tve_pipeline.{other}" for other in STAGES} - {f"tve_pipeline.{stage}"}
         assert not others & imports(f"tve_pipeline.{stage}"), stage
+
+
+def test_no_output_on_record_lies_inside_another_ones() -> None:
+    """Of a stage that was split up, DVC keeps the old entry."""
+    locked = yaml.safe_load((ROOT / "dvc.lock").read_text())["stages"]
+    paths = sorted(out["path"] for entry in locked.values() for out in entry.get("outs", []))
+    inside = [(outer, inner) for outer in paths for inner in paths if inner.startswith(f"{outer}/")]
+    assert not inside, "take the old stage out of dvc.lock"
