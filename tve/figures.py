@@ -271,8 +271,9 @@ def price_against_fidelity(prices: Sequence[Price]) -> "Figure":
         base, _, budget = price.method.rpartition("_")
         lines.setdefault(base if budget.isdigit() else price.method, []).append(price)
     for axes, (name, title) in zip(figure.subplots(1, 2).flat, panels, strict=True):
-        for method, points in lines.items():
+        for number, (method, points) in enumerate(lines.items()):
             style = style_of(method)
+            right, up = number % 4 < 2, number % 2 == 0  # neighbours' labels go to different sides
             marker, size = ("*", 9) if method.startswith("exact") else ("o", 4.5)
             seconds = [1000 * point.seconds for point in points]
             values = [getattr(point, name) for point in points]
@@ -280,8 +281,9 @@ def price_against_fidelity(prices: Sequence[Price]) -> "Figure":
             axes.annotate(
                 style_of(points[-1].method).label,
                 (seconds[-1], values[-1]),
-                xytext=(4, 3),
+                xytext=(5 if right else -5, 3 if up else -8),
                 textcoords="offset points",
+                ha="left" if right else "right",
                 fontsize=6.5,
             )
         axes.set_xscale("log")

@@ -196,7 +196,7 @@ def _prices(report: Report, backbone: str) -> dict[str, Any]:
             *(sum(each[f]["mean"] for each in scores[method]) / len(scores[method]) for f in FIDELITIES),
         )
         for method, found in maps.items()
-        if found["seconds"] is not None and found["forwards"] and all(scores.get(method, [{}]))
+        if found["seconds"] is not None and found["forwards"] and all(scores.get(method, [{}])) and _in_figure(method)
     ]
     order = [method for group in methods_of(columns_of(report.results, backbone)) for method in group]
     return {
@@ -214,6 +214,11 @@ def _prices(report: Report, backbone: str) -> dict[str, Any]:
         if points
         else None,
     }
+
+
+def _in_figure(method: str) -> bool:
+    """Leaves out of the figure of prices what differs from another point by the window mean or the training alone."""
+    return not method.endswith("_u") and method not in ("tve_hg", "tve_untrained")
 
 
 def _accuracies(results: Results, backbone: str, column: dict[str, Any]) -> dict[str, str]:

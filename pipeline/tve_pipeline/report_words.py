@@ -7,6 +7,7 @@ from tve.figures import style_of
 from tve_pipeline.report_results import CONTROLS, FIDELITIES, Results
 from tve_pipeline.report_tables import number, percent, times, verdict_of
 
+OWN = ("tve", "exact_windows")  # how the names of TVE's forms and of its reference begin
 Words = tuple[str, list[dict[str, str]]]  # a sentence, and the large figures that it holds
 Sections = Mapping[str, Any]  # sections of params.yaml, as they stand there
 
@@ -68,7 +69,8 @@ def headline(results: Results, trained_for: Mapping[str, str]) -> tuple[list[str
             ratio = ((result.get("density") or {}).get(evaluation.reference) or {}).get("ratio")
             ratios |= {} if ratio is None else {name: ratio}
 
-    parts = [_learned_words(results), _beaten_words(beaten), _share_words(shares), _density_words(ratios)]
+    parts = [_learned_words(results), _beaten_words(beaten), _rivals_words(results, trained_for)]
+    parts += [_share_words(shares), _density_words(ratios)]
     sentences = [sentence for sentence, _ in parts if sentence]
     figures = [figure for _, large in parts for figure in large]
     return sentences or ["Nothing has been evaluated yet: every part of this report is missing."], figures
@@ -169,6 +171,26 @@ def _beaten_words(beaten: Mapping[str, bool]) -> Words:
         if number_beaten
         else "On no task does TVE beat each of the controls in both fidelities with a 95 % interval clear of zero.",
         [{"value": f"{number_beaten} / {of}", "label": "tasks on which every control is beaten"}],
+    )
+
+
+def _rivals_words(results: Results, trained_for: Mapping[str, str]) -> Words:
+    """Which other methods TVE wins against and loses to, over all tasks and both fidelities."""
+    balance: dict[str, int] = {}  # fidelities won less those lost, with intervals clear of zero
+    for (backbone, _), evaluation in results.evaluations.items():
+        for result in evaluation.tasks.values():
+            for method, found in result.get("differences", {}).get(trained_for[backbone], {}).items():
+                if method in CONTROLS or method.startswith(OWN):
+                    continue
+                verdicts = [verdict_of(found[fidelity], fidelity) for fidelity in FIDELITIES]
+                balance[method] = balance.get(method, 0) + verdicts.count("better") - verdicts.count("worse")
+    won, lost = ([style_of(m).label for m, n in balance.items() if sign * n > 0] for sign in (1, -1))
+    if not won and not lost:
+        return "", []
+    return (
+        "Counted over tasks and both fidelities, it is more often significantly better than worse against "
+        f"{'; '.join(won) or 'no other method'}, and more often worse against {'; '.join(lost) or 'none'}.",
+        [],
     )
 
 
