@@ -43,8 +43,9 @@ def project(tmp_path: Path) -> Path:
     (tmp_path / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
     (tmp_path / "make_outputs.py").write_text(MAKE_OUTPUTS)
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    (tmp_path / ".dvc").mkdir()
-    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore"):
+    for folder in (".dvc", "docs"):
+        (tmp_path / folder).mkdir()
+    for name in (".dvc/config", ".dvc/.gitignore", ".dvcignore", ".gitignore", "docs/protocol.md"):
         shutil.copy(ROOT / name, tmp_path / name)
     switch(tmp_path, "scenes")
     run(tmp_path, "git", "init", "-q")
