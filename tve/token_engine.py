@@ -29,6 +29,7 @@ from tve.vit_blocks import HeadRows, PreNormBlock, WholeBlock, add_and_norm, add
 # Live bytes of one pass and of the token bank on a CPU: larger ones are no faster (measured, docs/experiments.md), and
 # no tensor of theirs reaches the size from which the C library hands freed pages back.
 CPU_PASS_BYTES = 32 * 2**20
+CPU_PASS_SHARE = 0.25  # of a memory budget: the process grows by up to three times a pass's live bytes (allocator)
 CPU_BANK_BYTES = 16 * 2**20
 BANK_SHARE = 0.25  # of a memory budget, which the token bank may take while it is made
 PROBE_ROWS = 16384  # packed rows by which a pass's memory is measured, on tensors without memory
@@ -333,7 +334,8 @@ class TokenEngine:
             needed = bank_bytes + need.fixed_bytes + longest * need.per_unit_bytes
             raise self._too_small(needed, f"one coalition of {longest} tokens")
         if self._parameter.device.type == "cpu":
-            limit = min(limit, max(CPU_PASS_BYTES // need.per_unit_bytes, longest))
+            live_bytes = min(CPU_PASS_BYTES, int(self.memory_bytes * CPU_PASS_SHARE))
+            limit = min(limit, max(live_bytes // need.per_unit_bytes, longest))
         return even_bounds(lengths, limit)
 
     def _too_small(self, needed_bytes: int, what: str) -> ValueError:

@@ -42,7 +42,7 @@ OVER_A: dict[CaseName, float] = {"pairs": 2.1, "half": 2.2}
 DROP_CASES: tuple[CaseName, ...] = ("kept", "removed", "pairs", "half", "fidelity")
 ON_GPU_MODEL = "vit_base_patch16_224"
 DEFINITION_TEST = "test_drop_equals_forbidding_attention"  # a case an architecture of timm
-CPU_BUDGET_MIB, GPU_BUDGET_MIB = 64, 512  # a CPU takes about 50 MiB for its passes, whatever the budget
+CPU_BUDGET_MIB, GPU_BUDGET_MIB = 64, 512
 STREAMED_PICTURES, STREAM_BATCH, GROWTH_MIB = 50_000, 50, 16.0
 FLOORS: dict[Precision, float] = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 1e-4}  # of the largest element
 
