@@ -1,11 +1,12 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from tve.backbones import load_backbone
+from tve.backbones import Backbone, load_backbone
 from tve.evaluator import CoalitionEvaluator
 from tve_pipeline.backbone import LabelledPictures, accuracies, task_readings
 from tve_pipeline.backbone_training import (
@@ -20,6 +21,19 @@ from tve_pipeline.backbone_training import (
 NUM_PICTURES = 128
 VIT = "vit_tiny_patch16_224"
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 4}
+SMALL_SWIN = {
+    "img_size": 32,
+    "window_size": 2,
+    "embed_dim": 16,
+    "depths": [2, 2],
+    "num_heads": [2, 2],
+    "num_classes": 4,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "plain": (VIT, SMALL_VIT),
+    "distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT),
+    "swin": ("swin_tiny_patch4_window7_224", SMALL_SWIN),
+}
 CONFIG = BackboneTrainingConfig(
     num_steps=100,
     batch_size=32,
@@ -37,9 +51,10 @@ CONFIG = BackboneTrainingConfig(
 )
 
 
-def model() -> nn.Module:
+def model(kind: str = "plain") -> nn.Module:
     torch.manual_seed(0)
-    made: nn.Module = timm.create_model(VIT, **SMALL_VIT)
+    name, arguments = KINDS[kind]
+    made: nn.Module = timm.create_model(name, **arguments)
     return made
 
 
@@ -51,26 +66,28 @@ def tinted(count: int) -> tuple[Tensor, Tensor]:
     return (torch.randn(count, 3, 32, 32, generator=generator) + tint_M3[..., None, None]).half(), labels_M
 
 
-def train(config: BackboneTrainingConfig = CONFIG, images: Tensor | None = None) -> nn.Module:
-    made = model()
+def train(config: BackboneTrainingConfig = CONFIG, images: Tensor | None = None, kind: str = "plain") -> nn.Module:
+    made = model(kind)
     own_images, labels_M = tinted(NUM_PICTURES)
     keys = [f"p{i}" for i in range(NUM_PICTURES)]
-    train_backbone(made, own_images if images is None else images, labels_M, keys, config)
+    train_backbone(made, own_images if images is None else images, labels_M, keys, 4, config)
     return made
 
 
-def test_training_learns_from_partial_pictures_and_leaves_the_model_frozen() -> None:
-    made = train()
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_learns_from_partial_pictures_and_leaves_the_model_frozen(kind: str) -> None:
+    made = train(kind=kind)
     images, labels_M = tinted(200)
     pictures = LabelledPictures(images, {"tint": labels_M}, [])
     assert accuracies(made, pictures, {"tint": torch.arange(4)})["tint"] > 0.9
     halves_BK = random_patches(200, 16, 8, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        told_B = classify_kept(made, images.float(), halves_BK).argmax(1)
+        told_B = classify_kept(made, images.float(), halves_BK, 4).argmax(1)
     assert (told_B == labels_M).double().mean() > 0.7
     assert not made.training
     assert not any(parameter.requires_grad for parameter in made.parameters())
-    assert all(block.attn.fused_attn == timm.create_model(VIT).blocks[0].attn.fused_attn for block in made.blocks)
+    fused = [module.fused_attn for module in made.modules() if hasattr(module, "fused_attn")]
+    assert fused == [module.fused_attn for module in model(kind).modules() if hasattr(module, "fused_attn")]
 
 
 def test_the_seed_decides_what_is_learned() -> None:
@@ -93,11 +110,11 @@ def test_training_refuses_what_it_cannot_train() -> None:
     images, labels_M = tinted(16)
     keys = [""] * 16
     with pytest.raises(ValueError, match=r"expected a plain vision transformer .* got ResNet"):
-        train_backbone(timm.create_model("resnet18", channels=(8, 8, 8, 8)), images, labels_M, keys, CONFIG)
+        train_backbone(timm.create_model("resnet18", channels=(8, 8, 8, 8)), images, labels_M, keys, 4, CONFIG)
     with pytest.raises(ValueError, match="batch_size: expected at most the 16 training pictures, got 32"):
-        train_backbone(model(), images, labels_M, keys, CONFIG)
+        train_backbone(model(), images, labels_M, keys, 4, CONFIG)
     with pytest.raises(ValueError, match="num_classes: expected a classifier of at least 9 classes"):
-        train_backbone(model(), images, labels_M + 8 - labels_M.max(), keys, replace(CONFIG, batch_size=8))
+        train_backbone(model(), images, labels_M + 8 - labels_M.max(), keys, 4, replace(CONFIG, batch_size=8))
 
 
 @pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
@@ -110,8 +127,38 @@ def test_classifying_kept_patches_is_the_operator_drop(changes: dict[str, object
     classifier = backbone.classifier()
     assert classifier is not None
     expected = classifier(CoalitionEvaluator(backbone, "drop")(images, present)[:, 0])
-    torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK), expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(classify_kept(backbone.model, images, None), backbone.model(images))
+    torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK, 4), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(classify_kept(backbone.model, images, None, 4), backbone.model(images))
+
+
+def test_a_swin_classifies_kept_patches_as_the_operator_zero_leaves_them() -> None:
+    torch.manual_seed(0)
+    name, arguments = KINDS["swin"]
+    backbone = load_backbone(name, "random", timm_args=arguments, patches_per_side=4)
+    images = torch.randn(5, 3, 32, 32)
+    kept_BK = random_patches(5, 16, 6, torch.Generator().manual_seed(0))
+    present = torch.zeros(5, 16, dtype=torch.bool).scatter_(1, kept_BK, True).reshape(5, 1, 4, 4)
+    classifier = backbone.classifier()
+    assert classifier is not None
+    expected = classifier(CoalitionEvaluator(backbone, "zero")(images, present)[:, 0])
+    torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK, 4), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_distilled_transformer_has_one_classifier_for_both_tokens_that_reads_the_embedding() -> None:
+    name, arguments = KINDS["distilled"]
+    untrained = load_backbone(name, "random", timm_args=arguments)
+    assert untrained.classifier() is None  # two heads that differ
+    trained = Backbone(untrained.config, train(replace(CONFIG, num_steps=3), kind="distilled"))
+    classifier, images = trained.classifier(), tinted(4)[0].float()
+    assert classifier is not None
+    torch.testing.assert_close(classifier(trained(images)), trained.model(images), atol=1e-5, rtol=1e-5)
+    assert {"head.weight", "head_dist.weight"} <= set(trained.model.state_dict())
+
+
+def test_a_grid_that_is_not_the_models_own_is_refused() -> None:
+    images, labels_M = tinted(NUM_PICTURES)
+    with pytest.raises(ValueError, match="patches_per_side: expected the model's own 16 patches in all, got 2"):
+        train_backbone(model(), images, labels_M, [""] * NUM_PICTURES, 2, CONFIG)
 
 
 def test_kept_patches_differ_and_their_number_lies_in_the_range() -> None:

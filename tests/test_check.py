@@ -136,12 +136,12 @@ def test_numbers_that_the_grid_of_a_backbone_cannot_serve_are_refused(
         check_backbone("vit_scenes", parse_profile())
 
 
-def test_a_removal_of_the_evaluation_that_a_backbone_cannot_serve_is_refused(project: Path) -> None:
-    write(
-        backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16, evaluate__removals=["zero"]
-    )
-    check_backbone("vit_scenes", parse_profile())
+def test_an_evaluation_all_of_whose_removals_a_backbone_cannot_serve_is_refused(project: Path) -> None:
     write(backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16)
+    check_backbone("vit_scenes", parse_profile())
+    write(
+        backbones__vit_scenes__removal="zero", backbones__vit_scenes__patches_per_side=16, evaluate__removals=["drop"]
+    )
     with pytest.raises(ValueError, match=r"^backbones\.vit_scenes: evaluate\.removals: .*got 'drop': "):
         check_backbone("vit_scenes", parse_profile())
 

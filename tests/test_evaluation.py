@@ -41,13 +41,13 @@ PARAMS = EvaluateParams(
     memory_mib=64,
     precision="float32",
     output="logit",
-    window_mean=True,
+    per_patch="share",
     seed=0,
     num_heatmaps=2,
 )
 MAPS = {
-    "tve": {"tve", "tve_u"},
-    "exact_windows": {"exact_windows", "exact_windows_u"},
+    "tve": {"tve", "tve_mean", "tve_u"},
+    "exact_windows": {"exact_windows", "exact_windows_mean", "exact_windows_u"},
     "tve_hg": {"tve_hg"},
     "controls": {"random", "random_blurred", "centre"},
 }

@@ -164,7 +164,7 @@ def test_exact_windows_are_the_meta_attribution_written_down_by_hand(radius: int
 
 def test_without_the_window_mean_u_is_highest_exactly_on_the_windows_that_hold_the_patch() -> None:
     head, radius = head_of_colours(brightest_pixel()), 1
-    maps = transfer(hand_made_meta(radius), head, TransferRule(window_mean=False))[:, 0]
+    maps = transfer(hand_made_meta(radius), head, TransferRule(per_patch="window"))[:, 0]
     for place, map_PP in zip(PLACES, maps, strict=True):
         highest = {PLACES[n] for n in (map_PP == map_PP.max()).flatten().nonzero()[:, 0].tolist()}
         assert highest == {centre for centre in PLACES if in_window(centre, place, radius)}

@@ -8,7 +8,19 @@ from torch import Tensor, nn
 
 from tve.coalitions import Windows
 from tve.meta_attribution import MetaAttribution
-from tve.transfer_rule import Output, Target, TransferRule, class_maps, of_class, read, transfer, window_mean
+from tve.transfer_rule import (
+    SHARE_RIDGE,
+    Output,
+    PerPatch,
+    Target,
+    TransferRule,
+    class_maps,
+    of_class,
+    read,
+    shares,
+    transfer,
+    window_mean,
+)
 
 P, D, C = 5, 6, 3
 OUTPUTS: tuple[Output, ...] = ("logit", "probability", "log_probability")
@@ -51,7 +63,7 @@ def identity_head() -> nn.Linear:
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("head", [linear_head(), nonlinear_head()], ids=["linear", "mlp"])
 def test_every_map_is_its_definition_for_each_patch_and_class(output: Output, head: nn.Module) -> None:
-    given, rule = meta(), TransferRule(output, weight_kept=0.7, weight_removed=1.3)
+    given, rule = meta(), TransferRule(output, "mean", weight_kept=0.7, weight_removed=1.3)
     maps = transfer(given, head, rule)
     assert maps.shape == (2, C, P, P)
 
@@ -127,7 +139,7 @@ def test_a_picture_whose_windows_say_nothing_has_a_map_of_zeros() -> None:
 
 def test_without_the_window_mean_a_planted_u_comes_back_in_row_major_order() -> None:
     u = torch.arange(P * P).reshape(P, P).float()
-    maps = transfer(planted(u, radius=2), identity_head(), TransferRule(window_mean=False))
+    maps = transfer(planted(u, radius=2), identity_head(), TransferRule(per_patch="window"))
     assert torch.equal(maps[0, 0], u)
     assert not maps[0, 1:].any()
 
@@ -135,11 +147,34 @@ def test_without_the_window_mean_a_planted_u_comes_back_in_row_major_order() -> 
 @pytest.mark.parametrize("radius", [0, 1, 2, 4])
 def test_the_window_mean_of_a_planted_u_is_the_mean_over_the_windows_that_hold_the_patch(radius: int) -> None:
     u = torch.randn(P, P, generator=torch.Generator().manual_seed(3))
-    phi = transfer(planted(u, radius), identity_head())[0, 0]
+    phi = transfer(planted(u, radius), identity_head(), TransferRule(per_patch="mean"))[0, 0]
     windows_NPP = Windows(P, radius).kept_NPP()
     for p, q in itertools.product(range(P), repeat=2):
         holds_N = windows_NPP[:, p, q]
         assert float(phi[p, q]) == pytest.approx(float(u.flatten()[holds_N].mean()), abs=1e-5)
+
+
+@pytest.mark.parametrize("radius", [0, 1, 2, 4])
+def test_shares_are_the_ridge_regression_whose_window_sums_are_nearest_to_half_of_u(radius: int) -> None:
+    u = torch.randn(P, P, generator=torch.Generator().manual_seed(3))
+    phi = transfer(planted(u, radius), identity_head())[0, 0]
+    window_NN = Windows(P, radius).kept_NPP().flatten(1).double()
+    ridge = SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1)
+    normal_NN = window_NN.T @ window_NN + ridge * torch.eye(P * P).double()
+    expected = torch.linalg.solve(normal_NN, window_NN.T @ u.double().flatten() / 2)
+    torch.testing.assert_close(phi.double().flatten(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_a_patch_that_alone_counts_has_most_of_it_as_its_share_wherever_it_is(radius: int) -> None:
+    """The mean gives as much to its neighbours: a window says 1 exactly when it holds the patch."""
+    for n, place in enumerate(itertools.product(range(P), repeat=2)):
+        holds_N = Windows(P, radius).kept_NPP().flatten(1)[:, n].float()
+        phi = transfer(planted(2 * holds_N.reshape(P, P), radius), identity_head())[0, 0]
+        others = phi.flatten()[torch.arange(P * P) != n]
+        # Sums over windows do not tell all: along some directions they are zero.
+        assert phi[place] > 0.45
+        assert others.max() < 0.7 * phi[place]
 
 
 def test_a_constant_u_stays_constant_to_the_very_corner() -> None:
@@ -152,7 +187,7 @@ def test_the_only_informative_patch_is_the_peak(p: int, q: int) -> None:
     """A window says 1 exactly when it holds patch (p, q): unique peak at r = 0, a maximum at r = 1."""
     for radius in (0, 1):
         holds_N = Windows(P, radius).kept_NPP()[:, p, q].float()
-        phi = transfer(planted(holds_N.reshape(P, P), radius), identity_head())[0, 0]
+        phi = transfer(planted(holds_N.reshape(P, P), radius), identity_head(), TransferRule(per_patch="mean"))[0, 0]
         maxima = (phi >= phi.max() - 1e-6).nonzero().tolist()
         assert [p, q] in maxima
         clear = all(place in (0, P - 1) or radius < place < P - 1 - radius for place in (p, q))
@@ -285,14 +320,17 @@ def test_maps_can_enter_a_computation_that_is_differentiated() -> None:
 
 def test_maps_are_averaged_over_the_windows_that_the_meta_attribution_is_of() -> None:
     head = linear_head()
-    u = transfer(meta(), head, TransferRule(window_mean=False))
+    u = transfer(meta(), head, TransferRule(per_patch="window"))
     for radius in (0, 1, 2):
-        assert torch.equal(transfer(meta(radius=radius), head), window_mean(u, radius))
+        assert torch.equal(transfer(meta(radius=radius), head, TransferRule(per_patch="mean")), window_mean(u, radius))
+        assert torch.equal(transfer(meta(radius=radius), head), shares(u, radius))
 
 
 def test_a_rule_that_does_not_exist_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"output: expected one of .*, got 'odds'"):
         TransferRule("odds")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"per_patch: expected one of .*, got True"):
+        TransferRule("logit", True)  # type: ignore[arg-type]
 
 
 def test_a_meta_attribution_of_a_radius_that_cannot_be_is_an_error() -> None:
@@ -303,9 +341,9 @@ def test_a_meta_attribution_of_a_radius_that_cannot_be_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("output", OUTPUTS)
-@pytest.mark.parametrize("mean", [True, False])
-def test_maps_of_one_class_are_those_of_all_read_there(output: Output, mean: bool) -> None:
-    rule, target = TransferRule(output, window_mean=mean, weight_kept=0.7, weight_removed=1.3), torch.tensor([2, 0])
+@pytest.mark.parametrize("per_patch", ["share", "mean", "window"])
+def test_maps_of_one_class_are_those_of_all_read_there(output: Output, per_patch: PerPatch) -> None:
+    rule, target = TransferRule(output, per_patch, weight_kept=0.7, weight_removed=1.3), torch.tensor([2, 0])
     for head in (linear_head(), nn.Linear(D, C, bias=False), nonlinear_head()):
         torch.testing.assert_close(
             class_maps(meta(), head, target, rule), of_class(transfer(meta(), head, rule), target)

@@ -151,8 +151,14 @@ class Backbone(nn.Module):
         return sorted({*on_grid, last})
 
     def classifier(self) -> nn.Linear | None:
-        """The head H_g that the backbone was trained with, or None where it has no single linear one."""
+        """The head H_g that the backbone was trained with, or None where it has no single linear one.
+
+        Of a distilled model's two heads, one to a token, the mean is the classifier's output; where they are equal,
+        that is what one of them says of the embedding, the mean token.
+        """
         head = self.model.get_classifier()  # type: ignore[operator]
+        if isinstance(head, tuple) and len({state_digest(each.state_dict()) for each in head}) == 1:
+            head = head[0]
         return head if isinstance(head, nn.Linear) else None
 
     def preprocess(self, image: Image.Image) -> Tensor:

@@ -163,13 +163,16 @@ class CoalitionEvaluator:
         self.backbone.require_images(images_B3SS)
 
 
+def drop_obstacle(backbone: Backbone) -> str:
+    """Why tokens of the backbone's model cannot be left out, "" where they can: plain timm vision transformers."""
+    return obstacle(backbone.model, backbone.image_size, backbone.patches_per_side)
+
+
 def require_droppable(backbone: Backbone) -> None:
-    """Raises ValueError unless tokens of the backbone's model can be left out: plain timm vision transformers."""
-    model = backbone.model
-    if reason := obstacle(model, backbone.image_size, backbone.patches_per_side):
-        raise ValueError(
-            f"removal: expected 'zero' for {backbone.config.name} ({type(model).__name__}), got 'drop': {reason}"
-        )
+    """Raises ValueError unless tokens of the backbone's model can be left out."""
+    if reason := drop_obstacle(backbone):
+        kind = type(backbone.model).__name__
+        raise ValueError(f"removal: expected 'zero' for {backbone.config.name} ({kind}), got 'drop': {reason}")
 
 
 def _chosen(backbone: Backbone, no_tokens: str, requested: Requested, device: torch.device) -> Choice:

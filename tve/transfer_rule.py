@@ -1,15 +1,22 @@
 """Transfer: a meta-attribution read through any head becomes a heatmap for any class. Nothing is trained.
 
-    u[p, q]   = w+ (l(g[p, q]) - l(G(∅)))  +  w- (l(G(x)) - l(h[p, q]))
-    phi[p, q] = mean of u over the windows that contain patch (p, q)
+    u[p, q] = w+ (l(g[p, q]) - l(G(∅)))  +  w- (l(G(x)) - l(h[p, q]))
 
-l is the logit, the probability or the log-probability of a class under the head. The paper (arXiv 2312.15359,
-section 4) writes a sum over windows; a mean is what its release computes, and right: a clipped sum has 9 terms in a
-corner and 25 inside. G(∅) and G(x) do not change the order of patches; they fix the zero.
+l is the logit, the probability or the log-probability of a class under the head. G(∅) and G(x) do not change the order
+of patches; they fix the zero. u belongs to windows; what a patch gets of it is the rule's `per_patch`:
+
+    share   phi whose sums over windows are nearest to u / 2 (ridge regression): a patch's own part
+    mean    phi = mean of u over the windows that contain the patch
+    window  phi = u of the window around the patch
+
+The mean is the paper's (arXiv 2312.15359, section 4, which writes a sum; a clipped sum has 9 terms in a corner and 25
+inside, and its release averages). It blurs twice: u / 2 is already a sum over the window, of Shapley values where no
+more than two patches interact (docs/method.md). Shares undo both.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -23,6 +30,10 @@ from tve.kernels import choose, transfer_map
 from tve.meta_attribution import MetaAttribution
 
 Output = Literal["logit", "probability", "log_probability"]
+PerPatch = Literal["share", "mean", "window"]
+# Times the number of a window's other patches, the ridge against the squared window sums. Chosen on pictures without
+# labels that no test reads; ten times more or three times less are about as faithful (docs/experiments.md).
+SHARE_RIDGE = 0.04
 Head = Callable[[Tensor], Tensor]
 # A class for all pictures, or one class per picture [B].
 Target = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]] | Tensor
@@ -33,13 +44,15 @@ class TransferRule:
     """How a meta-attribution is read."""
 
     output: Output = "logit"
-    window_mean: bool = True  # phi; u where False
+    per_patch: PerPatch = "share"
     weight_kept: float = 1.0
     weight_removed: float = 1.0
 
     def __post_init__(self) -> None:
         if self.output not in get_args(Output):
             raise ValueError(f"output: expected one of {list(get_args(Output))}, got {self.output!r}")
+        if self.per_patch not in get_args(PerPatch):
+            raise ValueError(f"per_patch: expected one of {list(get_args(PerPatch))}, got {self.per_patch!r}")
 
 
 DEFAULT_RULE = TransferRule()
@@ -55,7 +68,7 @@ def transfer(meta: MetaAttribution, head: Head, rule: TransferRule = DEFAULT_RUL
         meta: exact or predicted.
         head: embeddings [..., D] to logits [..., C]: linear, or any module in evaluation mode. It is called on rows
             [M, D].
-        rule: output, window mean, weights.
+        rule: output, what a patch gets, weights.
 
     Raises:
         ValueError: no head, one of another width, or one whose dropout or batch norm is in training mode.
@@ -67,7 +80,7 @@ def transfer(meta: MetaAttribution, head: Head, rule: TransferRule = DEFAULT_RUL
     u_BNC = kept_BNC + removed_BNC
     side = round(u_BNC.shape[1] ** 0.5)
     u_BCPP = u_BNC.transpose(1, 2).unflatten(2, (side, side))
-    return window_mean(u_BCPP, meta.radius) if rule.window_mean else u_BCPP
+    return of_patches(u_BCPP, meta.radius, rule.per_patch)
 
 
 @torch.no_grad()
@@ -80,7 +93,7 @@ def class_maps(meta: MetaAttribution, head: Head, target: Target, rule: Transfer
         meta: exact or predicted.
         head: as `transfer` takes it.
         target: one class for all pictures, or one a picture.
-        rule: output, window mean, weights.
+        rule: output, what a patch gets, weights.
 
     Raises:
         ValueError: as `transfer` and `of_class` do.
@@ -104,10 +117,39 @@ def class_maps(meta: MetaAttribution, head: Head, target: Target, rule: Transfer
         output=rule.output,
         weight_kept=rule.weight_kept,
         weight_removed=rule.weight_removed,
-        window_mean=rule.window_mean,
+        window_mean=rule.per_patch == "mean",
         backend=choose("auto", meta.full_BD.device).backend,
     )
-    return maps_B1PP[:, 0]
+    return (shares(maps_B1PP, meta.radius) if rule.per_patch == "share" else maps_B1PP)[:, 0]
+
+
+def of_patches(u_BCPP: Tensor, radius: int, per_patch: PerPatch) -> Tensor:
+    """What each patch gets of u, which belongs to the window around it."""
+    if per_patch == "window":
+        return u_BCPP
+    return shares(u_BCPP, radius) if per_patch == "share" else window_mean(u_BCPP, radius)
+
+
+def shares(u_BCPP: Tensor, radius: int) -> Tensor:
+    """The values of patches whose sums over windows are nearest to u / 2, with a ridge: (AᵀA + λ)⁻¹ Aᵀ u / 2.
+
+    A, whether a window contains a patch, is a product over rows and columns of one band matrix, so that its
+    eigenvectors are too: two small products with each side, and no matrix of patches by patches.
+    """
+    vectors_PP, gain_PP = _share_filter(u_BCPP.shape[-1], radius, u_BCPP.dtype, u_BCPP.device)
+    shares_BCPP: Tensor = vectors_PP @ (gain_PP * (vectors_PP.T @ u_BCPP @ vectors_PP)) @ vectors_PP.T
+    return shares_BCPP
+
+
+@lru_cache(maxsize=64)
+def _share_filter(side: int, radius: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Eigenvectors [P, P] of the band matrix, and by what u is multiplied along each pair of them, [P, P]."""
+    place_P = torch.arange(side)
+    band_PP = ((place_P[:, None] - place_P).abs() <= radius).double()
+    values_P, vectors_PP = torch.linalg.eigh(band_PP)
+    windows_PP = values_P[:, None] * values_P
+    gain_PP = 0.5 * windows_PP / (windows_PP.square() + SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1))
+    return vectors_PP.to(device, dtype), gain_PP.to(device, dtype)
 
 
 def window_mean(u_BCPP: Tensor, radius: int) -> Tensor:

@@ -12,8 +12,7 @@ from typing import Annotated, Any
 
 import torch
 from pydantic import Field, model_validator
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tve.backbones import Backbone, load_backbone, open_backbone, save_backbone
 from tve.pictures import ordered_batches
@@ -141,8 +140,8 @@ def trained_backbone(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = BackboneTrainingConfig(**training.model_dump(exclude={"dataset", "task"}))
     model = start.model.to(device)
-    elapsed_s = train_backbone(model, train.images, train.labels[training.task], train.keys, config)
-    assert isinstance(model, VisionTransformer)
+    labels = train.labels[training.task]
+    elapsed_s = train_backbone(model, train.images, labels, train.keys, start.patches_per_side, config)
 
     readings = task_readings(train.labels, training.task, len(shards.tasks[training.task]))
     accuracy = accuracies(model, test, readings)
@@ -188,9 +187,7 @@ def task_readings(labels: Mapping[str, Tensor], task: str, num_classes: int) -> 
 
 
 @torch.inference_mode()
-def accuracies(
-    model: VisionTransformer, pictures: LabelledPictures, readings: Mapping[str, Tensor]
-) -> dict[str, float]:
+def accuracies(model: nn.Module, pictures: LabelledPictures, readings: Mapping[str, Tensor]) -> dict[str, float]:
     """Share of pictures whose class the classifier tells, by task."""
     device = next(model.parameters()).device
     batches = torch.split(pictures.images, BATCH_SIZE)

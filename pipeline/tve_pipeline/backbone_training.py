@@ -1,13 +1,18 @@
-"""Trains a small vision transformer that partial pictures are not foreign to.
+"""Trains a small vision transformer, plain, distilled or Swin, that partial pictures are not foreign to.
 
-Most steps see a random part of every picture, as `drop` would leave it: an explainer's targets are embeddings
-of partial pictures, and they are erratic where the backbone never saw any. A smooth random warp makes up for a
-small number of different objects. The last steps see pictures as they are, and more of them whole.
+Most steps see a random part of every picture, as its removal operator leaves it: an explainer's targets are embeddings
+of partial pictures, and they are erratic where the backbone never saw any. Tokens are left out of a plain transformer;
+a Swin sees blank pixels. A smooth random warp makes up for a small number of different objects. The last steps see
+pictures as they are, and more of them whole.
 
 The matrices of the blocks are trained by Muon (torch.optim.Muon: momentum, orthogonalised), which needs about
 half the steps that AdamW needs here; all other parameters by AdamW, at the same learning rate.
+
+A distilled transformer's second token has no teacher here. Both its tokens are read by one and the same classifier,
+whose mean over them is what that classifier says of the mean token: the embedding.
 """
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -15,11 +20,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.swin_transformer import SwinTransformer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tve.precision import choose_precision
+from tve.removal import zero_pixels
 
 MIN_KEPT_PATCHES = 4
 WARP_CELL_PIXELS = 8
@@ -49,28 +57,30 @@ def train_backbone(
     images_M3SS: Tensor,
     labels_M: Tensor,
     keys: Sequence[str],
+    patches_per_side: int,
     config: BackboneTrainingConfig,
 ) -> float:
     """Trains the model and its classifier in place; returns the seconds that it took.
 
     Args:
-        model: a plain vision transformer with absolute positions, on the device to train on.
+        model: a plain vision transformer with absolute positions, distilled or not, or a Swin, on the device to train
+            on.
         images_M3SS: normalised pictures, of any floating dtype, on the CPU.
         labels_M: int64, indices of the classifier's classes.
         keys: the pictures' names in error messages.
+        patches_per_side: of the grid whose patches are left out; of a plain transformer its own.
         config: the numbers.
 
     Raises:
-        ValueError: another kind of model, fewer pictures than a batch, a label that the classifier lacks.
+        ValueError: another kind of model or grid, fewer pictures than a batch, a label that the classifier lacks.
         FloatingPointError: the loss became NaN or infinite; names step and pictures.
     """
-    transformer = _require_trainable(model, images_M3SS, labels_M, config)
+    transformer = _require_trainable(model, images_M3SS, labels_M, patches_per_side, config)
     device = next(model.parameters()).device
     arithmetic = choose_precision("auto", device)
     generator = torch.Generator().manual_seed(config.seed)
     optimizers = _optimizers(transformer, config)
     batches = _batches(len(images_M3SS), config.batch_size, generator)
-    num_patches = transformer.patch_embed.num_patches
     started = time.perf_counter()
     model.requires_grad_(True).train()
     with (
@@ -83,9 +93,10 @@ def train_backbone(
             images = images_M3SS[batch].float()
             if not finishing:
                 images = warp(images, config.warp_pixels, generator)
-            kept_BK = draw_kept(len(batch), num_patches, finishing, config, generator)
+            kept_BK = draw_kept(len(batch), patches_per_side**2, finishing, config, generator)
             with torch.autocast(device.type, arithmetic.dtype, enabled=arithmetic.precision != "float32"):
-                logits = classify_kept(transformer, images.to(device), None if kept_BK is None else kept_BK.to(device))
+                kept_BK = None if kept_BK is None else kept_BK.to(device)
+                logits = classify_kept(transformer, images.to(device), kept_BK, patches_per_side)
             loss = nn.functional.cross_entropy(
                 logits.float(), labels_M[batch].to(device), label_smoothing=config.label_smoothing
             )
@@ -98,12 +109,23 @@ def train_backbone(
             progress.update()
             if step % 50 == 49:
                 progress.set_postfix_str(f"loss {loss.item():.2f}")
+    if isinstance(transformer, VisionTransformerDistilled):
+        transformer.head_dist = copy.deepcopy(transformer.head)  # so that both are saved
     model.eval().requires_grad_(False)
     return time.perf_counter() - started
 
 
-def classify_kept(model: VisionTransformer, images_B3SS: Tensor, kept_BK: Tensor | None) -> Tensor:
+def classify_kept(
+    model: VisionTransformer | SwinTransformer, images_B3SS: Tensor, kept_BK: Tensor | None, patches_per_side: int
+) -> Tensor:
     """Logits [B, C] from the K patches of each picture whose indices `kept_BK` holds, or from all of them."""
+    if isinstance(model, SwinTransformer):
+        if kept_BK is not None:
+            present_BN = torch.zeros(len(kept_BK), patches_per_side**2, dtype=torch.bool, device=kept_BK.device)
+            present_BPP = present_BN.scatter(1, kept_BK, True).unflatten(1, (patches_per_side, patches_per_side))
+            images_B3SS = zero_pixels(images_B3SS, present_BPP)
+        classified: Tensor = model(images_B3SS)
+        return classified
     tokens = model._pos_embed(model.patch_embed(images_B3SS))
     if kept_BK is not None:
         prefix, patches = tokens[:, : model.num_prefix_tokens], tokens[:, model.num_prefix_tokens :]
@@ -151,18 +173,28 @@ def warp(images_B3SS: Tensor, warp_pixels: float, generator: torch.Generator) ->
 
 
 def _require_trainable(
-    model: nn.Module, images: Tensor, labels_M: Tensor, config: BackboneTrainingConfig
-) -> VisionTransformer:
-    if not isinstance(model, VisionTransformer) or model.pos_embed is None:
+    model: nn.Module, images: Tensor, labels_M: Tensor, patches_per_side: int, config: BackboneTrainingConfig
+) -> VisionTransformer | SwinTransformer:
+    plain = isinstance(model, VisionTransformer) and model.pos_embed is not None
+    if not plain and not isinstance(model, SwinTransformer):
         raise ValueError(
-            "weights: 'train' expected a plain vision transformer with absolute positions, "
+            "weights: 'train' expected a plain vision transformer with absolute positions or a Swin, "
             f"got {type(model).__name__}; give a weights file"
+        )
+    assert isinstance(model, VisionTransformer | SwinTransformer)
+    if plain and model.patch_embed.num_patches != patches_per_side**2:
+        raise ValueError(
+            f"patches_per_side: expected the model's own {model.patch_embed.num_patches} patches in all, "
+            f"got {patches_per_side} per side"
         )
     if len(images) < config.batch_size:
         raise ValueError(f"batch_size: expected at most the {len(images)} training pictures, got {config.batch_size}")
     highest = int(labels_M.max())
-    if not isinstance(model.head, nn.Linear) or model.head.out_features <= highest:
-        raise ValueError(f"num_classes: expected a classifier of at least {highest + 1} classes, got {model.head}")
+    if isinstance(model, VisionTransformerDistilled):
+        model.head_dist = model.head
+    head = model.head if isinstance(model, VisionTransformer) else model.get_classifier()
+    if not isinstance(head, nn.Linear) or head.out_features <= highest:
+        raise ValueError(f"num_classes: expected a classifier of at least {highest + 1} classes, got {head}")
     return model
 
 
@@ -173,8 +205,11 @@ def _batches(num_pictures: int, batch_size: int, generator: torch.Generator) -> 
         yield from torch.split(order[: num_pictures // batch_size * batch_size], batch_size)
 
 
-def _optimizers(model: VisionTransformer, config: BackboneTrainingConfig) -> list[torch.optim.Optimizer]:
-    matrices = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
+def _optimizers(
+    model: VisionTransformer | SwinTransformer, config: BackboneTrainingConfig
+) -> list[torch.optim.Optimizer]:
+    blocks = model.layers if isinstance(model, SwinTransformer) else model.blocks
+    matrices = [module.weight for module in blocks.modules() if isinstance(module, nn.Linear)]
     chosen = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
@@ -206,7 +241,7 @@ def _update(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], loss:
 
 
 @contextmanager
-def _unfused_attention(model: VisionTransformer, device: torch.device) -> Iterator[None]:
+def _unfused_attention(model: nn.Module, device: torch.device) -> Iterator[None]:
     """On a CPU, fused attention's backward pass takes several times as long on short sequences."""
     fused = [module for module in model.modules() if getattr(module, "fused_attn", False)]
     if device.type != "cpu":

@@ -27,6 +27,7 @@ from tve_pipeline.backbone import TRAIN_SPLIT as BACKBONE_TRAIN_SPLIT
 from tve_pipeline.compare import CompareParams
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_measures import EvaluateParams
+from tve_pipeline.evaluation import served_removals
 from tve_pipeline.methods import method_settings
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
@@ -249,9 +250,8 @@ def check_backbone(name: str, profile: Profile) -> None:
 
 
 def _check_grid(backbone: Backbone, profile: Profile) -> None:
-    if "drop" in profile.evaluate.removals:
-        with _located("evaluate.removals"):
-            require_droppable(backbone)
+    with _located("evaluate.removals"):
+        served_removals(backbone, profile.evaluate.removals)
     patches_per_side = backbone.patches_per_side
     num_patches = patches_per_side**2
     if profile.pretrain.centres_per_image > num_patches:
@@ -286,13 +286,10 @@ def _check_skipped_tasks(profile: Profile) -> None:
 def _require_classes(backbone: Backbone, profile: Profile) -> None:
     training = profile.backbone.train
     assert training is not None
-    classifier = backbone.classifier()
     if isinstance(profile.datasets[training.dataset], ScenesDataset):
-        expected = len(TASKS[training.task])
-        if classifier is None or classifier.out_features != expected:
-            got = None if classifier is None else classifier.out_features
-            task = training.task
-            raise ValueError(f"timm_args.num_classes: expected {expected} for task {task!r}, got {got}")
+        expected, got = len(TASKS[training.task]), int(backbone.model.num_classes)  # type: ignore[arg-type]
+        if got != expected:
+            raise ValueError(f"timm_args.num_classes: expected {expected} for task {training.task!r}, got {got}")
 
 
 def _require_known(where: str, names: Sequence[str], known: Collection[str]) -> None:

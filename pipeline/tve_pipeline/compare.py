@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from tve.baselines.readings import SUFFIXES
 from tve.fidelity.statistics import Interval, paired_bootstrap, share_of_way
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_results import CURVES_HEADER
+from tve_pipeline.measure_names import FIDELITIES, MEASURES
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import Count, RunParams, Section, Seed, active_profile, load_params, load_section
 
 SHAPLEY = "vit_shapley"  # the one method with a training stage of its own
 REFERENCE, EXACT = "tve", "exact_windows"
-FIDELITIES = ("fidelity_plus", "fidelity_minus")
-MEASURES = (*FIDELITIES, "insertion", "deletion")
-SIGN_OF_BETTER = {"fidelity_plus": 1, "fidelity_minus": -1, "insertion": 1, "deletion": -1}
 OBJECT_MEASURES = ("mass_inside", "pointing", "average_precision")
 DENSITIES = ("density_own", "density_other")
 WORDS = ("key", "task", "map", "predicted", "label")  # columns that hold no number
@@ -64,7 +63,7 @@ def main(argv: list[str]) -> None:
     backbone, dataset = argv
     profile, cell = active_profile(), f"{backbone}-{dataset}"
     params, run = load_section("compare", CompareParams), load_section("run", RunParams)
-    suffix = "" if load_params()["evaluate"]["window_mean"] else "_u"
+    suffix = SUFFIXES[load_params()["evaluate"]["per_patch"]]
     with whole_folder(Path("results", profile, "compare", cell)) as folder:
         compare(Path("results", profile, "evaluate", cell), (*run.methods, SHAPLEY), params, suffix, folder)
 
@@ -76,7 +75,7 @@ def compare(evaluated: Path, methods: Sequence[str], params: CompareParams, suff
         evaluated: a folder a method.
         methods: that are expected.
         params: the stage's section.
-        suffix: of the maps of TVE and of the exact windows that are compared: "" for phi, "_u" for u.
+        suffix: of the maps of TVE and of the exact windows that are compared (`SUFFIXES`).
         folder: to write into.
 
     Raises:

@@ -24,7 +24,7 @@ from tve.fidelity.statistics import positive_density
 from tve.precision import RequestedPrecision
 from tve.removal import Removal
 from tve.samples import Sample, decode_image, decode_masks
-from tve.transfer_rule import Output
+from tve.transfer_rule import Output, PerPatch
 from tve_pipeline.evaluate_parts import Part
 from tve_pipeline.params import Count, Name, Section
 from tve_pipeline.scenes import OBJECT_OF_TASK
@@ -44,7 +44,7 @@ class EvaluateParams(Section):
     memory_mib: Count
     precision: RequestedPrecision
     output: Output
-    window_mean: bool  # whether the maps that are compared and shown first are phi, or u
+    per_patch: PerPatch  # which maps of TVE and of exact windows are compared and shown first
     seed: int = Field(ge=0)
     num_heatmaps: int = Field(ge=0)
 

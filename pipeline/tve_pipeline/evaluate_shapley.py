@@ -25,6 +25,9 @@ def main(argv: list[str]) -> None:
         return VitShapley(load_vit_shapley(folder, given.explainer.backbone))
 
     trained = json.loads((folder / CONFIG_FILE).read_text())
+    if reason := trained.get("not_defined"):
+        run_cell(backbone, dataset, NAME, {}, build, lambda _: reason)
+        return
     settings = {name: trained[name] for name in ("vit_shapley_sha256", "surrogate_sha256", "facts")}
     run_cell(backbone, dataset, NAME, settings, build)
 

@@ -8,7 +8,7 @@ the numbers are the same however many there are. Nothing is compared here: that 
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,11 +23,12 @@ from tqdm import tqdm
 from tve.backbones import Backbone
 from tve.baselines.method import Method
 from tve.digests import file_sha256
-from tve.evaluator import CoalitionEvaluator
+from tve.evaluator import CoalitionEvaluator, drop_obstacle, require_droppable
 from tve.explainer import Explainer
 from tve.export import load_explainer
 from tve.fidelity.levels import level_sizes
 from tve.heads import load_head
+from tve.removal import Removal
 from tve.samples import Sample
 from tve.shards import INDEX_FILE, Shards
 from tve_pipeline.evaluate_measures import EvaluateParams, Measuring, TaskHead
@@ -73,6 +74,7 @@ def run_cell(
     export, head_folder = Path("models", profile, "export", backbone), Path("models", profile, "heads", cell)
     explainer = load_explainer(export).to(device)
     heads = load_task_heads(head_folder, explainer.backbone, shards.tasks)
+    params = params.model_copy(update={"removals": served_removals(explainer.backbone, params.removals)})
     results_folder = Path("results", profile, "evaluate", cell, name)
     if reason := obstacle(explainer.backbone):
         if os.environ.get("RANK", "0") == "0":
@@ -116,6 +118,18 @@ def run_cell(
                 }
                 write_results(parts, params.fractions, list(heads), facts, results)
             parts.remove()
+
+
+def served_removals(backbone: Backbone, removals: Sequence[Removal]) -> tuple[Removal, ...]:
+    """Those of the removal operators that are defined for a backbone: a Swin has no `drop`.
+
+    Raises:
+        ValueError: none is.
+    """
+    served = tuple(removal for removal in removals if removal == "zero" or not drop_obstacle(backbone))
+    if not served:
+        require_droppable(backbone)
+    return served
 
 
 def make_evaluators(explainer: Explainer, params: EvaluateParams) -> dict[str, CoalitionEvaluator]:

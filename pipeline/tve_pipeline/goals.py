@@ -25,6 +25,7 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
+from tve.baselines.readings import CONTROLS
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.export import load_explainer
@@ -41,7 +42,6 @@ from tve_pipeline.goal_lines import Goals
 from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
-CONTROLS = ("random", "random_blurred", "centre")
 SIDES = {"fidelity_plus": 1.0, "fidelity_minus": -1.0}  # +1: higher is better
 NUM_R2_PICTURES = 128
 NUM_DENSITY_PICTURES = 500

@@ -33,9 +33,10 @@ from tve.meta_attribution import exact_windows
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule, class_maps
-from tve_pipeline.compare import FIDELITIES, SHAPLEY, SIGN_OF_BETTER, CellScores, read_cell
+from tve_pipeline.compare import SHAPLEY, CellScores, read_cell
 from tve_pipeline.goal_lines import Goals
 from tve_pipeline.goals import cells, methods_of, verify_outputs
+from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 
 PROFILES = ("scenes",)
 RIVALS = ("vit_shapley", "integrated_gradients", "deep_lift", "gradient_shap", "rollout")

@@ -12,7 +12,7 @@ from tve.backbones import Backbone
 from tve.baselines.attention import AttentionRollout, GradCam, grad_cam_obstacle, rollout_obstacle
 from tve.baselines.attn_lrp import AttnLrp, attn_lrp_obstacle
 from tve.baselines.gradients import DeepLift, GradientShap, IntegratedGradients
-from tve.baselines.method import Method
+from tve.baselines.method import Method, no_classifier
 from tve.baselines.perturbation import KernelShap, Lime, Occlusion
 from tve.baselines.readings import Controls, OwnHead, reading_of_explainer, reading_of_windows
 from tve.baselines.rise import Rise
@@ -96,12 +96,7 @@ def _untrained(given: Given, own: UntrainedParams) -> Method:
 def _own_head(given: Given, _: NoSettings) -> Method:
     head = given.explainer.backbone.classifier()
     assert head is not None, "no_classifier"
-    return OwnHead(given.explainer, head, TransferRule(given.params.output, window_mean=given.params.window_mean))
-
-
-def no_classifier(backbone: Backbone) -> str:
-    """Why there is no H_g, or "" where there is."""
-    return "" if backbone.classifier() is not None else "the backbone has no single linear classifier of its own"
+    return OwnHead(given.explainer, head, TransferRule(given.params.output, given.params.per_patch))
 
 
 METHODS: dict[str, Known] = {

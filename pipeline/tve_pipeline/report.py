@@ -23,11 +23,12 @@ from pydantic import Field
 
 from tve import figures
 from tve_pipeline.entry import run_stage
+from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import RunParams, Section, active_profile, load_params, load_section
 from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, heatmap_boards
 from tve_pipeline.report_provenance import Origin, provenance
-from tve_pipeline.report_results import FIDELITIES, Results, read_results
+from tve_pipeline.report_results import Results, read_results
 from tve_pipeline.report_tables import (
     columns_of,
     density_table,
@@ -217,8 +218,8 @@ def _prices(report: Report, backbone: str) -> dict[str, Any]:
 
 
 def _in_figure(method: str) -> bool:
-    """Leaves out of the figure of prices what differs from another point by the window mean or the training alone."""
-    return not method.endswith("_u") and method not in ("tve_hg", "tve_untrained")
+    """Leaves out of the figure of prices what differs from another point by how u is read or by the training alone."""
+    return not method.endswith(("_mean", "_u")) and method not in ("tve_hg", "tve_untrained")
 
 
 def _accuracies(results: Results, backbone: str, column: dict[str, Any]) -> dict[str, str]:

@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from tve_pipeline.scenes import TASKS
 
-CONTROLS = ("random", "random_blurred", "centre")
-REFERENCES = ("exact_windows", "exact_windows_u")
-FIDELITIES = ("fidelity_plus", "fidelity_minus")
+REFERENCES = ("exact_windows", "exact_windows_mean", "exact_windows_u")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ class Evaluation:
 
     @property
     def reference(self) -> str:
-        """The method that the others are compared with: "tve" or "tve_u"."""
+        """The method that the others are compared with: "tve", "tve_mean" or "tve_u"."""
         return str(self.metrics.get("reference", "tve"))
 
     @property

@@ -3,20 +3,21 @@
 from collections.abc import Iterable
 from typing import Any
 
+from tve.baselines.readings import CONTROLS
 from tve.figures import style_of
-from tve_pipeline.report_results import CONTROLS, FIDELITIES, REFERENCES, Results
+from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
+from tve_pipeline.report_results import REFERENCES, Results
 
 # In the order of the tables; a number at the end of a name is a budget of evaluations.
 GROUPS = (
-    ("tve", "tve_u", "tve_hg", "tve_untrained", "tve_untrained_u"),
+    ("tve", "tve_mean", "tve_u", "tve_hg", "tve_untrained", "tve_untrained_mean", "tve_untrained_u"),
     ("vit_shapley",),
     ("integrated_gradients", "deep_lift", "gradient_shap", "grad_cam", "rollout", "attn_lrp"),
     ("rise", "kernel_shap", "lime", "occlusion"),
     CONTROLS,
     REFERENCES,
 )
-DENSITY_METHODS = ("tve", "tve_u", "tve_hg", "random", "exact_windows", "exact_windows_u")
-SIGN_OF_BETTER = {"fidelity_plus": 1, "fidelity_minus": -1}
+DENSITY_METHODS = ("tve", "tve_mean", "tve_u", "tve_hg", "random", *REFERENCES)
 Cell = dict[str, Any] | None
 
 

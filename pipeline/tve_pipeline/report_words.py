@@ -3,8 +3,10 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from tve.baselines.readings import CONTROLS
 from tve.figures import style_of
-from tve_pipeline.report_results import CONTROLS, FIDELITIES, Results
+from tve_pipeline.measure_names import FIDELITIES
+from tve_pipeline.report_results import Results
 from tve_pipeline.report_tables import number, percent, times, verdict_of
 
 OWN = ("tve", "exact_windows")  # how the names of TVE's forms and of its reference begin
@@ -32,7 +34,8 @@ TERMS = (
 )
 GLOSSARY = {
     "TVE": "the explainer's ĝ and ĥ read through the task's head: one forward pass, nothing trained on the task; "
-    "“no window mean” is u, the same before averaging over windows",
+    "each patch has the share that sums over windows to u / 2; “window mean” is the paper’s map, "
+    "the mean of u over the windows that hold a patch; “windows” is u itself",
     "TVE-Hg": "the same explainer read through the backbone's own classifier instead of the task's head: an ablation",
     "Untrained TVE": "an explainer of the same form with the weights that training starts from",
     "ViT-Shapley": "a network trained, on the same unlabelled pictures, to predict Shapley values of the backbone's "

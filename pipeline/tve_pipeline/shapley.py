@@ -14,7 +14,8 @@ import torch
 from pydantic import Field, model_validator
 
 from tve.backbones import open_backbone
-from tve.baselines.vit_shapley import VitShapleyConfig, save_vit_shapley, train_vit_shapley
+from tve.baselines.method import no_classifier
+from tve.baselines.vit_shapley import CONFIG_FILE, VitShapleyConfig, save_vit_shapley, train_vit_shapley
 from tve.digests import file_sha256
 from tve.pictures import ordered_batches, training_batches
 from tve.precision import RequestedPrecision
@@ -76,6 +77,11 @@ def main(argv: list[str]) -> None:
     params, removal = load_section("shapley", ShapleyParams), load_backbone_params(name).removal
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     backbone = open_backbone(Path("models", profile, "backbone", name)).to(device)
+    if reason := no_classifier(backbone):
+        for kind, file in (("models", CONFIG_FILE), ("results", "metrics.json")):
+            with whole_folder(Path(kind, profile, "shapley", name)) as folder:
+                write_json(folder / file, {"not_defined": reason})
+        return
     shards = Shards.open(Path("data", profile, "shards", run.pretrain_dataset))
     held_out = ordered_batches(shards, HELD_OUT_SPLIT, backbone, batch_size=64, limit=params.num_evaluation_pictures)
     batches = training_batches(

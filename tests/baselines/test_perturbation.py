@@ -109,7 +109,8 @@ def test_occlusion_of_single_patches_is_the_second_bracket_of_exact_windows(
     found = Occlusion(evaluator, radius=0, output=output)(images, KEYS, questions)
     meta = exact_windows(evaluator, images, Windows(PATCHES, 0))
     for name, asked in questions.items():
-        expected = class_maps(meta, asked.head, asked.target_B, TransferRule(output, weight_kept=0.0))
+        rule = TransferRule(output, "window", weight_kept=0.0)
+        expected = class_maps(meta, asked.head, asked.target_B, rule)
         torch.testing.assert_close(found[name, "occlusion"].map_BPP, expected, atol=1e-5, rtol=0)
 
 
@@ -130,12 +131,12 @@ def test_occlusion_averages_those_exact_windows_that_lie_inside_the_picture(
     assert len(inside_NPP) == (PATCHES - 2) ** 2
     for name, asked in questions.items():
         occlusion = found[name, "occlusion"].map_BPP
-        second = TransferRule(output, weight_kept=0.0, window_mean=False)
+        second = TransferRule(output, weight_kept=0.0, per_patch="window")
         u = class_maps(meta, asked.head, asked.target_B, second)[:, 1:-1, 1:-1].flatten(1).double()
         expected = (torch.einsum("bn,npq->bpq", u, inside_NPP) / inside_NPP.sum(0)).float()
         torch.testing.assert_close(occlusion, expected, atol=1e-5, rtol=0)
         # Two radii from the border all windows of a patch lie inside; nearer to it the two maps differ.
-        phi = class_maps(meta, asked.head, asked.target_B, TransferRule(output, weight_kept=0.0))
+        phi = class_maps(meta, asked.head, asked.target_B, TransferRule(output, "mean", weight_kept=0.0))
         torch.testing.assert_close(occlusion[:, 2:-2, 2:-2], phi[:, 2:-2, 2:-2], atol=1e-5, rtol=0)
         assert (occlusion - phi).abs().amax((1, 2)).min() > 1e-4
 

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tve.coalitions import Windows
-from tve.fidelity.bound import Bound, explanation_bound, lipschitz, window_weights
+from tve.fidelity.bound import Bound, explanation_bound, lipschitz, patch_weights
 from tve.meta_attribution import MetaAttribution
 from tve.objective import WindowTargets, regression_loss, target_scale
-from tve.transfer_rule import Output, TransferRule, class_maps
+from tve.transfer_rule import Output, PerPatch, TransferRule, class_maps, of_patches
 
 B, P, D = 8, 5, 6
 OUTPUTS: tuple[Output, ...] = ("logit", "probability", "log_probability")
+PER_PATCH: tuple[PerPatch, ...] = ("share", "mean", "window")
 ROUNDING = 1e-12
 
 
@@ -73,12 +73,12 @@ def assert_holds(found: Bound) -> None:
         assert bool((small <= large * (1 + ROUNDING) + ROUNDING).all())
 
 
-@pytest.mark.parametrize("window_mean", [True, False])
+@pytest.mark.parametrize("per_patch", PER_PATCH)
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -1.3), (-0.4, 0.0)])
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_no_picture_breaks_any_of_the_bounds(output: Output, weights: tuple[float, float], window_mean: bool) -> None:
+def test_no_picture_breaks_any_of_the_bounds(output: Output, weights: tuple[float, float], per_patch: PerPatch) -> None:
     generator = torch.Generator().manual_seed(0)
-    rule = TransferRule(output, window_mean, *weights)
+    rule = TransferRule(output, per_patch, *weights)
     for size in (0.01, 1.0, 30.0):
         for num_classes, radius in ((2, 1), (9, 2)):
             exact, head = random_meta(generator, radius), random_head(generator, num_classes, size**-0.5)
@@ -89,20 +89,28 @@ def test_no_picture_breaks_any_of_the_bounds(output: Output, weights: tuple[floa
             assert_holds(found)
 
 
-@pytest.mark.parametrize("window_mean", [True, False])
+@pytest.mark.parametrize("per_patch", PER_PATCH)
 @pytest.mark.parametrize("output", OUTPUTS)
-def test_errors_along_the_steepest_direction_attain_the_bounds(output: Output, window_mean: bool) -> None:
-    generator = torch.Generator().manual_seed(1)
-    head, rule = random_head(generator, 4), TransferRule(output, window_mean, 0.5, 2.0)
+def test_errors_along_the_steepest_direction_attain_the_bounds(output: Output, per_patch: PerPatch) -> None:
+    generator, patch = torch.Generator().manual_seed(1), P + 2
+    head, rule = random_head(generator, 4), TransferRule(output, per_patch, 0.5, 2.0)
     embedding, direction = steepest(head, output, target=2)
     windows = embedding.expand(B, P * P, D)
     exact = MetaAttribution(windows, windows, embedding.expand(B, D), embedding, radius=1)
-    # In proportion to the weights, and of opposite signs, as the two brackets have.
-    error = (1e-5 * direction).expand(B, P * P, D)
+    # In proportion to the weights, and of opposite signs, as the two brackets have; in each window of the sign with
+    # which it counts for one patch, which is the same for all patches but in shares.
+    weights_NM = patch_weights(P, 1, per_patch)
+    signs_M = torch.where(weights_NM[patch] < -ROUNDING, -1.0, 1.0).float()
+    error = (1e-5 * direction * signs_M[:, None]).expand(B, P * P, D)
     found = explanation_bound(with_error(exact, 0.5 * error, -2.0 * error), exact, head, 2, rule)
     assert_holds(found)
+    at_patch = (slice(None), *divmod(patch, P))
+    torch.testing.assert_close(found.actual_BPP[at_patch], found.bound_BPP[at_patch], rtol=1e-4, atol=0)
+    if per_patch == "share":
+        assert (signs_M < 0).any()
+        return
     torch.testing.assert_close(found.actual_BPP, found.bound_BPP, rtol=1e-4, atol=0)
-    unevenness = window_weights(P, 1).max() if window_mean else torch.ones(())
+    unevenness = weights_NM.sum(0).max()
     torch.testing.assert_close(found.actual_B * unevenness.sqrt(), found.from_loss_B, rtol=1e-4, atol=0)
 
 
@@ -131,15 +139,13 @@ def test_classes_that_are_nearly_alike_have_the_slope_of_their_small_difference(
     torch.testing.assert_close(lipschitz(head, torch.arange(2), "probability"), expected / 4, rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("per_patch", PER_PATCH)
 @pytest.mark.parametrize("radius", [0, 1, 3, 4])
-def test_the_mean_over_patches_of_a_window_mean_weighs_each_window_by_its_weight(radius: int) -> None:
-    generator = torch.Generator().manual_seed(4)
-    window_of_NPP = Windows(P, radius).kept_NPP().double()
-    u_N = torch.randn(P * P, generator=generator, dtype=torch.float64)
-    phi_N = torch.stack([(window.flatten() * u_N).sum() / window.sum() for window in window_of_NPP])
-    weights = window_weights(P, radius)
-    torch.testing.assert_close((weights.flatten() * u_N).mean(), phi_N.mean())
-    torch.testing.assert_close(weights.mean(), torch.ones((), dtype=torch.float64))
+def test_what_a_patch_gets_of_each_window_is_what_the_map_is_made_with(radius: int, per_patch: PerPatch) -> None:
+    u_BCPP = torch.randn(2, 3, P, P, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    weights_NM = patch_weights(P, radius, per_patch)
+    expected = (u_BCPP.flatten(2) @ weights_NM.T).unflatten(2, (P, P))
+    torch.testing.assert_close(of_patches(u_BCPP, radius, per_patch), expected)
 
 
 def test_what_is_bounded_is_the_difference_of_the_maps_that_are_drawn() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tve import transfer_rule
 from tve.backbones import Backbone, load_backbone
 from tve.coalitions import Windows
 from tve.evaluator import CoalitionEvaluator
@@ -21,7 +22,7 @@ from tve.fidelity.v_information import (
 )
 from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.removal import Removal
-from tve.transfer_rule import TransferRule, class_maps, transfer
+from tve.transfer_rule import PerPatch, TransferRule, class_maps, transfer
 
 WIDTH, TARGET = 16, torch.tensor([1, 4, 0])
 
@@ -68,7 +69,7 @@ def all_orders(num: int) -> Tensor:
     return torch.tensor(list(permutations(range(num))))
 
 
-def maps_of_game(values: Tensor, patches_per_side: int, radius: int, window_mean: bool) -> Tensor:
+def maps_of_game(values: Tensor, patches_per_side: int, radius: int, per_patch: PerPatch) -> Tensor:
     """The transfer rule's maps [G, P, P] of games on a grid, read from what the windows' coalitions are worth."""
     kept = Windows(patches_per_side, radius).kept_NPP()
     everything, nothing = torch.ones_like(kept[:1]), torch.zeros_like(kept[:1])
@@ -77,7 +78,7 @@ def maps_of_game(values: Tensor, patches_per_side: int, radius: int, window_mean
     meta = MetaAttribution(
         (alone - empty).T[..., None], (without - empty).T[..., None], (full - empty).T, torch.zeros(1).double(), radius
     )
-    return transfer(meta, nn.Identity(), TransferRule("logit", window_mean))[:, 0]
+    return transfer(meta, nn.Identity(), TransferRule("logit", per_patch))[:, 0]
 
 
 @pytest.mark.parametrize("removal", ["zero", "drop"])
@@ -125,7 +126,8 @@ def test_shapley_values_share_every_interaction_evenly_among_its_players(num: in
 @pytest.mark.parametrize("removal", ["zero", "drop"])
 def test_the_map_of_windows_of_one_patch_is_twice_the_mean_of_the_terms_at_both_ends(removal: Removal) -> None:
     evaluator, images, head, values = real_game(3, removal)
-    u = class_maps(exact_windows(evaluator, images, Windows(3, 0)), head, TARGET, TransferRule("log_probability"))
+    rule = TransferRule("log_probability", "window")
+    u = class_maps(exact_windows(evaluator, images, Windows(3, 0)), head, TARGET, rule)
     assert u.abs().max() > 0.1
     torch.testing.assert_close(u.flatten(1).T.double(), 2 * end_terms(values), atol=2e-5, rtol=0)
 
@@ -133,17 +135,36 @@ def test_the_map_of_windows_of_one_patch_is_twice_the_mean_of_the_terms_at_both_
 @pytest.mark.parametrize("radius", [0, 1, 2])
 def test_where_only_pairs_interact_half_of_u_is_the_sum_of_its_windows_shapley_values(radius: int) -> None:
     values = random_game(9, largest=2)
-    u = maps_of_game(values, 3, radius, window_mean=False)
+    u = maps_of_game(values, 3, radius, "window")
     window_NN = Windows(3, radius).kept_NPP().flatten(1).double()
     torch.testing.assert_close(u.flatten(1).T / 2, window_NN @ shapley_values(values))
 
 
 def test_where_only_pairs_interact_half_of_phi_is_the_window_mean_of_window_sums_of_shapley_values() -> None:
     values = random_game(9, largest=2)
-    phi = maps_of_game(values, 3, 1, window_mean=True)
+    phi = maps_of_game(values, 3, 1, "mean")
     window_NN = Windows(3, 1).kept_NPP().flatten(1).double()
     mean_of_sums = window_NN / window_NN.sum(1, keepdim=True) @ window_NN @ shapley_values(values)
     torch.testing.assert_close(phi.flatten(1).T / 2, mean_of_sums)
+
+
+@pytest.mark.parametrize(("side", "radius"), [(3, 0), (3, 1), (3, 2), (2, 1)])
+def test_where_only_pairs_interact_shares_are_the_shapley_values_but_for_what_window_sums_do_not_tell(
+    side: int, radius: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a ridge that only settles what is not told. Windows of 2 x 2 that all hold everything tell the sum alone."""
+    monkeypatch.setattr(transfer_rule, "SHARE_RIDGE", 1e-12)
+    transfer_rule._share_filter.cache_clear()
+    values = random_game(side**2, largest=2)
+    try:
+        shares = maps_of_game(values, side, radius, "share").flatten(1).T
+    finally:
+        transfer_rule._share_filter.cache_clear()
+    window_NN = Windows(side, radius).kept_NPP().flatten(1).double()
+    told_NN = torch.linalg.pinv(window_NN, atol=1e-6) @ window_NN
+    torch.testing.assert_close(shares, told_NN @ shapley_values(values), atol=1e-6, rtol=1e-6)
+    if radius == 0 or (side, radius) == (3, 1):
+        torch.testing.assert_close(told_NN, torch.eye(side**2).double())
 
 
 def test_where_three_interact_the_ends_are_not_the_shapley_value() -> None:
@@ -173,7 +194,7 @@ def test_what_half_of_u_misses_of_a_windows_shapley_values_comes_from_interactio
     member = all_coalitions(3).flatten(1).double()
     share = window_NN @ member.T / member.sum(1).clamp(min=1)
     partly = (share > 0) & (share < 1)
-    missed = maps_of_game(values, 3, 1, False).flatten(1).T / 2 - window_NN @ shapley_values(values)
+    missed = maps_of_game(values, 3, 1, "window").flatten(1).T / 2 - window_NN @ shapley_values(values)
     assert missed.abs().max() > 0.1
     torch.testing.assert_close(missed, torch.where(partly, 0.5 - share, 0) @ dividends(values))
 

@@ -133,7 +133,7 @@ def test_all_classes_at_once_are_the_transfer_rule(backend: Backend, output: Out
         head.bias.copy_(inputs.bias_C if inputs.bias_C is not None else torch.zeros(18))
     meta = MetaAttribution(inputs.kept_BND, inputs.removed_BND, inputs.full_BD, inputs.empty_D, radius=1)
     for window_mean in (True, False):
-        rule = TransferRule(output, window_mean, weight_kept=0.7, weight_removed=1.3)
+        rule = TransferRule(output, "mean" if window_mean else "window", weight_kept=0.7, weight_removed=1.3)
         expected = transfer(meta, head, rule)
         maps = replace(inputs, target_BK=everything).maps(
             backend, output=output, weight_kept=0.7, weight_removed=1.3, window_mean=window_mean

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from tve.backbones import Backbone
 from tve.transfer_rule import Head
 
 
@@ -74,3 +75,8 @@ def generator_of(seed: int, *words: str) -> torch.Generator:
     """A CPU generator that depends on the seed and the words (a picture's key, a method) alone."""
     digest = hashlib.sha256(" ".join([str(seed), *words]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8]))
+
+
+def no_classifier(backbone: Backbone) -> str:
+    """Why there is no H_g to explain or to carry over, or "" where there is."""
+    return "" if backbone.classifier() is not None else "the backbone has no single linear classifier of its own"

@@ -1,6 +1,6 @@
 """Maps that are read off a meta-attribution, TVE's own and the exact windows', and maps that know nothing of the model.
 
-A meta-attribution is made once a picture and read over every head; u and its window mean phi are both given.
+A meta-attribution is made once a picture and read over every head; shares, window means and u itself are all given.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,14 +15,15 @@ from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
 from tve.fidelity.controls import control_maps
 from tve.meta_attribution import MetaAttribution, exact_windows
-from tve.transfer_rule import Head, Output, TransferRule, class_maps
+from tve.transfer_rule import Head, Output, PerPatch, TransferRule, class_maps, of_patches
 
 CONTROLS = ("random", "random_blurred", "centre")
+SUFFIXES: dict[PerPatch, str] = {"share": "", "mean": "_mean", "window": "_u"}  # of a reading's maps
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A meta-attribution read over each question's own head: `name` is phi, `name`_u the same before averaging."""
+    """A meta-attribution read over each question's own head: `name` of shares, `name`_mean of means, `name`_u u."""
 
     name: str
     meta: Callable[[Tensor], MetaAttribution]  # of normalised pictures
@@ -31,17 +32,18 @@ class Reading:
 
     @property
     def variants(self) -> tuple[str, ...]:
-        return self.name, f"{self.name}_u"
+        return tuple(self.name + suffix for suffix in SUFFIXES.values())
 
     @torch.no_grad()
     def __call__(self, images_B3SS: Tensor, keys: Sequence[str], questions: Mapping[str, Question]) -> Answers:
         meta = self.meta(images_B3SS)
-        rules = (TransferRule(self.output), TransferRule(self.output, window_mean=False))
-        return {
-            (name, variant): Answer(class_maps(meta, asked.head, asked.target_B, rule), self.cost)
-            for name, asked in questions.items()
-            for variant, rule in zip(self.variants, rules, strict=True)
-        }
+        answers = {}
+        for name, asked in questions.items():
+            u_BPP = class_maps(meta, asked.head, asked.target_B, TransferRule(self.output, "window"))
+            for per_patch, suffix in SUFFIXES.items():
+                map_BPP = of_patches(u_BPP[:, None], meta.radius, per_patch)[:, 0]
+                answers[name, self.name + suffix] = Answer(map_BPP, self.cost)
+        return answers
 
 
 def reading_of_explainer(explainer: Explainer, output: Output = "logit", name: str = "tve") -> Reading:

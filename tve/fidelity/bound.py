@@ -1,11 +1,12 @@
 """How far a predicted explanation can be from the exact one, from what pre-training leaves of its loss.
 
     |û[p, q] - u[p, q]|  <=  L (|w+| ||ĝ[p, q] - g[p, q]|| + |w-| ||ĥ[p, q] - h[p, q]||)      of a window
-    |phi^ - phi|         <=  the mean of that over the windows that contain the patch          of a patch
+    |phi^ - phi|         <=  sum of |M[n, m]| times that over the windows m                    of a patch n
     rms |phi^ - phi|     <=  L sqrt(k (w+^2 + w-^2) loss)                                      of a picture
 
-loss is the paper's pre-training loss, the mean of ||ĝ - g||^2 + ||ĥ - h||^2 over the windows of the picture; k >= 1
-tells how unevenly the window mean counts windows near the border. L is how fast the class's output l(e) can change:
+phi = M u: the window mean, shares, or u itself. loss is the paper's pre-training loss, the mean of ||ĝ - g||^2 +
+||ĥ - h||^2 over the windows of the picture; k is the largest sum of |M| along a row times the largest along a column,
+at least 1 for the mean, since windows near the border count unevenly. L is how fast the class's output l(e) can change:
 
     logit             ||W_y||                    its gradient in e is W_y
     probability       max_c ||W_y - W_c|| / 4    p_y (W_y - sum_c p_c W_c), and p_y (1 - p_y) <= 1/4
@@ -22,7 +23,16 @@ import torch
 from torch import Tensor, nn
 
 from tve.meta_attribution import MetaAttribution
-from tve.transfer_rule import DEFAULT_RULE, Output, Target, TransferRule, class_maps, class_of_each, window_mean
+from tve.transfer_rule import (
+    DEFAULT_RULE,
+    Output,
+    PerPatch,
+    Target,
+    TransferRule,
+    class_maps,
+    class_of_each,
+    of_patches,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ def explanation_bound(
         exact: of the same pictures and windows.
         head: linear, or any module in evaluation mode whose constant is given.
         target: one class for all pictures, or one a picture.
-        rule: output, window mean, weights.
+        rule: output, what a patch gets, weights.
         lipschitz_B: a Lipschitz constant of the rule's output of each picture's class in the embedding; `lipschitz`'s
             where it is not given.
 
@@ -86,11 +96,11 @@ def explanation_bound(
     removed_BN = (predicted64.removed_BND - exact64.removed_BND).norm(dim=-1)
     windows_BN = slope_B[:, None] * (abs(rule.weight_kept) * kept_BN + abs(rule.weight_removed) * removed_BN)
     side = round(num_windows**0.5)
-    windows_BPP = windows_BN.unflatten(1, (side, side))
-    bound_BPP = window_mean(windows_BPP[:, None], exact.radius)[:, 0] if rule.window_mean else windows_BPP
+    weights_NM = patch_weights(side, exact.radius, rule.per_patch).abs().to(windows_BN.device)
+    bound_BPP = (windows_BN @ weights_NM.T).unflatten(1, (side, side))
 
     loss_B = (kept_BN.square() + removed_BN.square()).mean(1)
-    unevenness = float(window_weights(side, exact.radius).max()) if rule.window_mean else 1.0
+    unevenness = float(weights_NM.sum(0).max() * weights_NM.sum(1).max())
     squared_weights = rule.weight_kept**2 + rule.weight_removed**2
     from_loss_B = slope_B * (unevenness * squared_weights * loss_B).sqrt()
     return Bound(actual_BPP, bound_BPP, actual_BPP.mean((1, 2)), bound_BPP.mean((1, 2)), from_loss_B, loss_B)
@@ -127,19 +137,11 @@ def lipschitz(head: nn.Module, target_B: Tensor, output: Output) -> Tensor:
     return farthest_B / 4 if output == "probability" else farthest_B
 
 
-def window_weights(patches_per_side: int, radius: int) -> Tensor:
-    """How often each window counts in the mean of a map over its patches: float64 [P, P], mean 1.
-
-    The window around n is in the mean of each patch n' that it contains, with weight 1 / |N(n')|, and windows at the
-    border have fewer patches. The largest weight is the k of the bound.
-    """
-    ones_1PP = torch.ones(1, patches_per_side, patches_per_side, dtype=torch.float64)
-    return _window_sum(1 / _window_sum(ones_1PP, radius), radius)[0]
-
-
-def _window_sum(values_1PP: Tensor, radius: int) -> Tensor:
-    """Sums over windows, clipped at the border."""
-    return nn.functional.avg_pool2d(values_1PP, 2 * radius + 1, stride=1, padding=radius, divisor_override=1)
+def patch_weights(patches_per_side: int, radius: int, per_patch: PerPatch) -> Tensor:
+    """M of phi = M u: what each patch (row) gets of each window (column), float64 [N, N]."""
+    num_patches = patches_per_side**2
+    single_NPP = torch.eye(num_patches, dtype=torch.float64).unflatten(1, (patches_per_side, patches_per_side))
+    return of_patches(single_NPP[None], radius, per_patch)[0].flatten(1).T.contiguous()
 
 
 def _in_float64(meta: MetaAttribution, exact: MetaAttribution) -> MetaAttribution:
