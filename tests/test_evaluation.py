@@ -17,12 +17,15 @@ from tve.baselines.method import Method
 from tve.baselines.readings import Controls, OwnHead, reading_of_explainer, reading_of_windows
 from tve.digests import file_sha256
 from tve.explainer import Explainer, ExplainerConfig
+from tve.fidelity.road import road
+from tve.fidelity.robustness import infidelity, sensitivity
+from tve.fidelity.scores import ScoredMap
 from tve.heads import save_head
 from tve.samples import decode_image
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule
 from tve_pipeline.compare import MEASURES, CompareParams, compare
-from tve_pipeline.evaluate_measures import EvaluateParams, TaskHead, object_patches
+from tve_pipeline.evaluate_measures import EvaluateParams, RobustnessParams, TaskHead, object_patches
 from tve_pipeline.evaluate_parts import Parts
 from tve_pipeline.evaluate_results import write_results
 from tve_pipeline.evaluation import batches, evaluate, load_task_heads, make_evaluators
@@ -44,6 +47,13 @@ PARAMS = EvaluateParams(
     per_patch="share",
     seed=0,
     num_heatmaps=2,
+    robustness=RobustnessParams(
+        num_pictures=3,
+        road_fractions=(0.25, 0.5),
+        infidelity_sets=16,
+        sensitivity_radius=0.02,
+        sensitivity_draws=2,
+    ),
 )
 MAPS = {
     "tve": {"tve", "tve_mean", "tve_u"},
@@ -391,3 +401,39 @@ def test_heads_of_another_backbone_or_other_classes_are_errors(backbone: Backbon
     write_json(tmp_path / "heads.json", document | {"backbone_sha256": "0" * 64})
     with pytest.raises(ValueError, match="run the stage `heads` again"):
         load_task_heads(tmp_path, backbone, TASKS)
+
+
+def test_dear_measures_are_those_of_the_library_on_the_first_pictures_and_empty_on_the_others(
+    results: Path, comparison: Path, explainer: Explainer, heads: dict[str, TaskHead], shards: Shards
+) -> None:
+    rows = [row for row in rows_of(results / "tve" / "scores.csv") if (row["task"], row["map"]) == ("digit", "tve")]
+    assert [bool(row["road"]) for row in rows] == [True, True, True, False, False]
+    samples = [sample for batch in batches(shards, PARAMS, 5) for sample in batch][:3]
+    images = torch.stack([explainer.backbone.preprocess(decode_image(sample.image)) for sample in samples])
+    keys, head = [sample.key for sample in samples], heads["digit"].head
+    target = head(explainer.backbone(images)).argmax(-1)
+    evaluator = make_evaluators(explainer, PARAMS)["drop"]
+    scored = {"tve": ScoredMap(explainer.explain(images, head, target), head, target)}
+
+    def explain(images_M3SS: torch.Tensor, key: str) -> torch.Tensor:
+        return explainer.explain(images_M3SS, head, target[keys.index(key)].expand(len(images_M3SS)))
+
+    expected = {
+        "road": road(evaluator, images, keys, scored, (0.25, 0.5), 0)["tve"].score_B,
+        "infidelity": infidelity(evaluator, images, keys, scored, 16, 0)["tve"],
+        "sensitivity": sensitivity(explain, images, keys, 0.02, 2, 0),
+    }
+    means = json.loads((comparison / "metrics.json").read_text())["tasks"]["digit"]["robustness"]["tve"]
+    for name, values_B in expected.items():
+        found = torch.tensor([float(row[name]) for row in rows[:3]], dtype=torch.float64)
+        torch.testing.assert_close(found, values_B.double(), rtol=1e-3, atol=1e-6)
+        assert means[name] == pytest.approx(float(values_B.mean()), rel=1e-3, abs=1e-6)
+    assert expected["sensitivity"].min() > 0
+
+
+def test_no_dear_measures_are_taken_where_none_are_asked_for(
+    explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, tmp_path: Path
+) -> None:
+    none = PARAMS.model_copy(update={"robustness": PARAMS.robustness.model_copy(update={"num_pictures": 0})})
+    evaluated(method_named("controls", explainer), explainer, heads, shards, tmp_path / "controls", none)
+    assert "road" not in rows_of(tmp_path / "controls" / "scores.csv")[0]

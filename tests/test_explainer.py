@@ -168,6 +168,26 @@ def test_pretraining_beats_the_trivial_answers(backbone: Backbone, settings: dic
     assert result.explained.removed > result.trivial.removed
 
 
+def test_the_error_of_maps_and_its_bounds_are_measured_on_the_way_and_fall(backbone: Backbone, tmp_path: Path) -> None:
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+    result = short_run(explainer_for(backbone), images, tmp_path / "c.pt")
+    measured = [row for row in result.rows if row.get("explanation_error") is not None]
+    assert [row["step"] for row in measured] == [20, 40, 60]
+    for row in measured:
+        error, bound, from_loss = (row[name] for name in ("explanation_error", "explanation_bound", "loss_bound"))
+        assert 0 < error <= bound <= from_loss  # type: ignore[operator]
+        assert row["bound_over_error"] >= 1  # type: ignore[operator]
+    for name in ("explanation_error", "explanation_bound", "loss_bound"):
+        assert measured[-1][name] < measured[0][name]  # type: ignore[operator]
+
+
+def test_a_backbone_without_a_classifier_is_pretrained_without_them(tmp_path: Path) -> None:
+    headless = load_backbone("vit_tiny_patch16_224", "random", timm_args=VIT | {"num_classes": 0})
+    result = short_run(explainer_for(headless), torch.randn(16, 3, 32, 32), tmp_path / "c.pt", num_steps=20)
+    assert result.rows[-1]["r2_kept"] is not None
+    assert "explanation_error" not in result.rows[-1]
+
+
 def test_a_run_cut_short_resumes_to_the_same_weights(backbone: Backbone, tmp_path: Path) -> None:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     whole, cut = explainer_for(backbone), explainer_for(backbone)

@@ -3,6 +3,10 @@
 Each step takes a batch of pictures, draws several window centres a picture, evaluates G on the kept and on the
 removed windows, and moves ĝ and ĥ towards them. Several centres share one pass of the explainer and lower the
 variance of its target (stochastic amortisation, arXiv 2401.15866).
+
+Where the backbone has a linear classifier of its own, maps of the class that it predicts are compared with the exact
+ones whenever R² is measured, and their error with its bound (`tve.fidelity.bound`). The classifier is only read:
+nothing of it enters the loss.
 """
 
 import csv
@@ -23,6 +27,7 @@ from tqdm import tqdm
 from tve.coalitions import coalition_pairs
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
+from tve.fidelity.bound import explanation_bound
 from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.objective import (
     ExplainedVariance,
@@ -38,6 +43,7 @@ from tve.pictures import PictureBatch
 from tve.precision import RequestedPrecision, choose_precision
 
 LOG_EVERY = 10
+NUM_BOUNDED_PICTURES = 64  # whose maps are compared with exact ones while training
 Row = dict[str, float | int | None]
 
 
@@ -131,8 +137,10 @@ def pretrain(
                 "loss_removed": removed_loss,
             }
             if evaluates:
-                learned = explained_variance(predict(explainer, held_out_B3SS, len(images)), exact)
+                predicted = predict(explainer, held_out_B3SS, len(images))
+                learned = explained_variance(predicted, exact)
                 row |= {f"r2_{name}": value for name, value in asdict(learned).items()}
+                row |= bound_columns(predicted, exact, explainer.backbone.classifier())
                 progress.set_postfix_str(f"R² ĝ {learned.kept:.3f} ĥ {learned.removed:.3f}")
             rows.append(row)
         if done % config.checkpoint_every == 0 and done < config.num_steps:
@@ -156,10 +164,42 @@ def predict(explainer: Explainer, images_B3SS: Tensor, batch_size: int) -> MetaA
     return concatenated(parts)
 
 
+def bound_columns(predicted: MetaAttribution, exact: MetaAttribution, head: nn.Linear | None) -> Row:
+    """How far maps of the predicted class are from the exact ones, and what bounds that; logits, of the first pictures.
+
+    explanation_error  mean over pictures and patches of |predicted map - exact map|
+    explanation_bound  the mean of its bound by the errors of the windows
+    loss_bound         the mean over pictures of the bound by their pre-training loss alone
+    bound_over_error   the median over pictures of bound over error
+
+    Args:
+        predicted: the explainer's.
+        exact: of the same pictures.
+        head: whose classes are explained; without one there are no columns.
+    """
+    if head is None:
+        return {}
+    some, of_them = (_first(meta, NUM_BOUNDED_PICTURES) for meta in (predicted, exact))
+    with torch.no_grad():
+        found = explanation_bound(some, of_them, head, head(of_them.full_BD).argmax(-1))
+    return {
+        "explanation_error": float(found.actual_B.mean()),
+        "explanation_bound": float(found.bound_B.mean()),
+        "loss_bound": float(found.from_loss_B.mean()),
+        "bound_over_error": float((found.bound_B / found.actual_B).median()),
+    }
+
+
+def _first(meta: MetaAttribution, count: int) -> MetaAttribution:
+    parts = (meta.kept_BND[:count], meta.removed_BND[:count], meta.full_BD[:count])
+    return MetaAttribution(*parts, meta.empty_D, meta.radius)
+
+
 def write_training_rows(rows: list[Row], path: Path) -> None:
-    """The training curve as CSV; R² cells are empty except where it was measured."""
+    """The training curve as CSV; cells of R² and of the bound are empty except where they were measured."""
     names = ["step", "elapsed_s", "images_per_s", "loss", "loss_kept", "loss_removed"]
     names += ["r2_kept", "r2_removed", "r2_kept_centred", "r2_removed_centred"]
+    names += ["explanation_error", "explanation_bound", "loss_bound", "bound_over_error"]
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()

@@ -27,6 +27,7 @@ from tve_pipeline.params import Count, RunParams, Section, Seed, active_profile,
 
 SHAPLEY = "vit_shapley"  # the one method with a training stage of its own
 REFERENCE, EXACT = "tve", "exact_windows"
+ROBUSTNESS_MEASURES = ("road", "infidelity", "sensitivity")  # of the first pictures alone
 OBJECT_MEASURES = ("mass_inside", "pointing", "average_precision")
 DENSITIES = ("density_own", "density_other")
 WORDS = ("key", "task", "map", "predicted", "label")  # columns that hold no number
@@ -189,7 +190,8 @@ def _compared_task(
         "methods": {},
         "differences": {},
         "share_of_way": {},
-        "objects": _objects(cell, task, chosen_N),
+        "objects": _means(cell, task, chosen_N, OBJECT_MEASURES),
+        "robustness": _means(cell, task, chosen_N, ROBUSTNESS_MEASURES),
         "density": _densities(cell, task, chosen_N),
     }
     if not chosen_N.any():
@@ -234,14 +236,16 @@ def _intervals(
     return dict(zip(names, paired_bootstrap(differences_NK, num_resamples, seed), strict=True))
 
 
-def _objects(cell: CellScores, task: str, chosen_N: NDArray[np.bool_]) -> dict[str, dict[str, float | None]] | None:
-    """By map, means over the pictures in which each measure exists."""
+def _means(
+    cell: CellScores, task: str, chosen_N: NDArray[np.bool_], measures: Sequence[str]
+) -> dict[str, dict[str, float | None]] | None:
+    """By map, means over the pictures in which each measure exists; None where some map has none of one."""
     found: dict[str, dict[str, float | None]] = {}
     for name in cell.maps(task):
         scores = cell.scores[task, name]
-        if not all(measure in scores and np.isfinite(scores[measure]).any() for measure in OBJECT_MEASURES):
+        if not all(measure in scores and np.isfinite(scores[measure]).any() for measure in measures):
             return None
-        found[name] = {measure: _mean(scores[measure][chosen_N]) for measure in OBJECT_MEASURES}
+        found[name] = {measure: _mean(scores[measure][chosen_N]) for measure in measures}
     return found
 
 

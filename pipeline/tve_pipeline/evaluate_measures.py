@@ -19,6 +19,8 @@ from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
 from tve.fidelity.areas import deletion_area, insertion_area
 from tve.fidelity.detection import average_precision, mass_inside, pointing_hit
+from tve.fidelity.road import road
+from tve.fidelity.robustness import infidelity, sensitivity
 from tve.fidelity.scores import Fidelity, ScoredMap, fidelity, target_probability
 from tve.fidelity.statistics import positive_density
 from tve.precision import RequestedPrecision
@@ -31,6 +33,16 @@ from tve_pipeline.scenes import OBJECT_OF_TASK
 
 TIMED_CALLS = 3
 Key = tuple[str, str]  # task, map
+
+
+class RobustnessParams(Section):
+    """Section `evaluate.robustness`: measures that are dear, on the first pictures of the evaluation alone."""
+
+    num_pictures: int = Field(ge=0)
+    road_fractions: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(min_length=1)
+    infidelity_sets: Count  # of patches, drawn for each picture
+    sensitivity_radius: Annotated[float, Field(gt=0)]  # of the ball around a picture, in normalised pixels
+    sensitivity_draws: int = Field(ge=2)  # from it
 
 
 class EvaluateParams(Section):
@@ -47,6 +59,7 @@ class EvaluateParams(Section):
     per_patch: PerPatch  # which maps of TVE and of exact windows are compared and shown first
     seed: int = Field(ge=0)
     num_heatmaps: int = Field(ge=0)
+    robustness: RobustnessParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +146,10 @@ class Measuring:
             present = dict(zip(self.mask_objects, objects_BOPP.to(device).unbind(1), strict=True))
             for (task, name), scored in maps.items():
                 columns[task, name] |= object_columns(scored.map_BPP, task, present)
+        with clock("robustness"):
+            some = max(0, min(len(samples), self.params.robustness.num_pictures - first))
+            for key, robustness in self._robustness(images, keys, maps, some).items():
+                columns[key] |= robustness
         rows = self._rows(samples, maps, full_BD, columns)
         return Part(rows, curves, clock.seconds, about, *self._shown(samples, images, maps, first))
 
@@ -146,6 +163,60 @@ class Measuring:
                 self.method(images, keys, {task: question})
             taken.append(clock.seconds[str(number)] / len(images))
         return sorted(taken)[len(taken) // 2]
+
+    def _robustness(
+        self, images_B3SS: Tensor, keys: Sequence[str], maps: Mapping[Key, ScoredMap], count: int
+    ) -> dict[Key, dict[str, Tensor]]:
+        """ROAD, infidelity and sensitivity of the first `count` pictures; NaN for the others."""
+        if not count:
+            return {}
+        params, seed = self.params.robustness, self.params.seed
+        images, names, evaluator = images_B3SS[:count], keys[:count], self.evaluators[self.trained_for]
+        few = {key: ScoredMap(s.map_BPP[:count], s.head, s.target_B[:count]) for key, s in maps.items()}
+        imputed = road(evaluator, images, names, few, params.road_fractions, seed)
+        off = infidelity(evaluator, images, names, few, params.infidelity_sets, seed, "probability")
+        moved = self._sensitivity(images, names, few)
+        rest = images_B3SS.new_full((len(keys) - count,), torch.nan)
+        return {
+            key: {
+                name: torch.cat([values_B.to(rest), rest])
+                for name, values_B in (
+                    ("road", imputed[key].score_B),
+                    ("infidelity", off[key]),
+                    ("sensitivity", moved[key]),
+                )
+            }
+            for key in few
+        }
+
+    def _sensitivity(
+        self, images_B3SS: Tensor, keys: Sequence[str], maps: Mapping[Key, ScoredMap]
+    ) -> dict[Key, Tensor]:
+        """Of all maps of all questions: each picture and its draws are explained once."""
+        params, place = self.params.robustness, {key: number for number, key in enumerate(keys)}
+        answered: dict[tuple[str, int], Answers] = {}  # of a picture, or of its draws, which are two at least
+
+        def explained(images_M3SS: Tensor, key: str, of: Key) -> Tensor:
+            if (key, len(images_M3SS)) not in answered:
+                targets = {task: s.target_B[place[key]] for (task, _), s in maps.items()}
+                questions = {
+                    task: Question(self.heads[task].head, target.expand(len(images_M3SS)))
+                    for task, target in targets.items()
+                }
+                answered[key, len(images_M3SS)] = self.method(images_M3SS, [key] * len(images_M3SS), questions)
+            return answered[key, len(images_M3SS)][of].map_BPP
+
+        return {
+            of: sensitivity(
+                lambda images, key, of=of: explained(images, key, of),  # type: ignore[misc]
+                images_B3SS,
+                keys,
+                params.sensitivity_radius,
+                params.sensitivity_draws,
+                self.params.seed,
+            )
+            for of in maps
+        }
 
     def _fidelity_columns(
         self, removal: Removal, scores: Fidelity, scored: ScoredMap, full_BD: Tensor
