@@ -336,9 +336,10 @@ def test_two_processes_leave_the_same_bytes_as_one(
 
 
 def test_a_run_that_was_cut_short_goes_on_where_it_stopped(
-    explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, results: Path, tmp_path: Path
+    explainer: Explainer, heads: dict[str, TaskHead], shards: Shards, tmp_path: Path
 ) -> None:
     method, asked = method_named("tve", explainer), []
+    none = PARAMS.model_copy(update={"robustness": PARAMS.robustness.model_copy(update={"num_pictures": 0})})
 
     class CutShort:
         variants = method.variants
@@ -353,11 +354,12 @@ def test_a_run_that_was_cut_short_goes_on_where_it_stopped(
             return method(images, keys, questions)
 
     with pytest.raises(KeyboardInterrupt):
-        evaluated(CutShort(last=2), explainer, heads, shards, tmp_path / "tve")
+        evaluated(CutShort(last=2), explainer, heads, shards, tmp_path / "tve", none)
     before = len(asked)
-    whole = evaluated(CutShort(last=3), explainer, heads, shards, tmp_path / "tve")
+    whole = evaluated(CutShort(last=3), explainer, heads, shards, tmp_path / "tve", none)
     assert len(asked) == before + 1, "only the last batch is measured again"
-    assert (whole / "scores.csv").read_bytes() == (results / "tve" / "scores.csv").read_bytes()
+    at_once = evaluated(method, explainer, heads, shards, tmp_path / "at_once", none)
+    assert (whole / "scores.csv").read_bytes() == (at_once / "scores.csv").read_bytes()
 
 
 def test_parts_made_from_something_else_are_not_gone_on_with(tmp_path: Path) -> None:
