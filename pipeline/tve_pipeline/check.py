@@ -28,6 +28,7 @@ from tve_pipeline.compare import CompareParams
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_measures import EvaluateParams
 from tve_pipeline.evaluation import served_removals
+from tve_pipeline.examine import ExamineParams
 from tve_pipeline.methods import method_settings
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import (
@@ -65,6 +66,7 @@ STAGE_SECTIONS: dict[str, type[BaseModel]] = {
     "heads": heads.HeadsParams,
     "shapley": ShapleyParams,
     "evaluate": EvaluateParams,
+    "examine": ExamineParams,
     "compare": CompareParams,
     "report": ReportParams,
 }

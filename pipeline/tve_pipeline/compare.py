@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tve.baselines.readings import SUFFIXES
+from tve.baselines.method import SUFFIXES
 from tve.fidelity.statistics import Interval, paired_bootstrap, share_of_way
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_results import CURVES_HEADER

@@ -25,10 +25,10 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from tve.baselines.readings import CONTROLS
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.export import load_explainer
+from tve.fidelity.controls import CONTROLS
 from tve.fidelity.statistics import paired_bootstrap, positive_density
 from tve.heads import load_head
 from tve.meta_attribution import exact_windows

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 
 from tve.backbones import Backbone
-from tve.transfer_rule import Head
+from tve.transfer_rule import Head, PerPatch
+
+# What the maps of a meta-attribution are called, after its own name.
+SUFFIXES: dict[PerPatch, str] = {"share": "", "mean": "_mean", "window": "_u"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,16 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tve.baselines.method import Answer, Answers, Cost, Question
+from tve.baselines.method import SUFFIXES, Answer, Answers, Cost, Question
 from tve.coalitions import CoalitionFamily
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
-from tve.fidelity.controls import control_maps
+from tve.fidelity.controls import CONTROLS, control_maps
 from tve.meta_attribution import MetaAttribution, exact_windows
-from tve.transfer_rule import Head, Output, PerPatch, TransferRule, class_maps, of_patches
-
-CONTROLS = ("random", "random_blurred", "centre")
-SUFFIXES: dict[PerPatch, str] = {"share": "", "mean": "_mean", "window": "_u"}  # of a reading's maps
+from tve.transfer_rule import Head, Output, TransferRule, class_maps, of_patches
 
 
 @dataclass(frozen=True, slots=True)

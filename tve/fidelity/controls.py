@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tve.transfer_rule import window_mean
 
+CONTROLS = ("random", "random_blurred", "centre")
+
 
 def control_maps(keys: Sequence[str], patches_per_side: int, radius: int, seed: int) -> dict[str, Tensor]:
     """The controls "random", "random_blurred" and "centre" of some pictures, each float32 [B, P, P].
