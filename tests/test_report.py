@@ -13,9 +13,17 @@ import pytest
 import yaml
 
 from tve_pipeline.report import main
+from tve_pipeline.report_paper import beside_the_paper
 from tve_pipeline.report_provenance import provenance
 from tve_pipeline.report_results import Pretraining, Results, in_order, read_results
-from tve_pipeline.report_tables import columns_of, difference_table, fidelity_table, number, percent
+from tve_pipeline.report_tables import (
+    columns_of,
+    difference_table,
+    fidelity_table,
+    measure_tables,
+    number,
+    percent,
+)
 from tve_pipeline.report_words import TERMS, headline
 from tve_pipeline.scenes import TASKS
 
@@ -49,13 +57,30 @@ def task_result(removals: tuple[str, ...], density: bool) -> dict[str, Any]:
         "differences": dict.fromkeys(removals, differences),
         "share_of_way": {r: {"fidelity_plus": 0.667, "fidelity_minus": None} for r in removals},
         "density": {"tve": {"own": 0.6, "other": 0.2, "ratio": 3.0}} if density else None,
+        "objects": {
+            m: {"mass_inside": score / 2, "pointing": 0.9, "average_precision": 0.7} for m, score in METHODS.items()
+        }
+        if density
+        else None,
+        "robustness": {m: {"road": score, "infidelity": 0.0123, "sensitivity": None} for m, score in METHODS.items()},
     }
+
+
+def examination(num_broken: int) -> dict[str, Any]:
+    reading = {"random_head": 0.03, "other_picture": -0.12, "blocks": [0.41, None]}
+    bound = {"error": 0.2, "bound": 0.6, "loss_bound": 0.9, "bound_over_error": 3.0, "loss_bound_over_error": 4.5}
+    return {"tve": reading, "exact_windows": reading, "bound": bound | {"num_broken": num_broken}}
 
 
 def write_evaluation(folder: Path, tasks: tuple[str, ...], removals: tuple[str, ...] = ("drop",)) -> None:
     rng = np.random.default_rng(0)
     results = {task: task_result(removals, density=task == "digit") for task in tasks}
-    write_json(folder / "metrics.json", {"num_pictures": 30, "reference": "tve", "tasks": results})
+    right = {
+        task: result | {"methods": {"tve": {r: pair(0.777, 0.1, std=0.2) for r in removals}}}
+        for task, result in results.items()
+    }
+    document = {"num_pictures": 30, "reference": "tve", "tasks": results, "correct_only": right}
+    write_json(folder / "metrics.json", document)
     with (folder / "curves.csv").open("w", newline="") as file:
         rows = csv.writer(file)
         rows.writerow(["task", "map", "removal", "fraction", "kept_probability_drop", "removed_probability_drop"])
@@ -72,7 +97,8 @@ def write_pretraining(folder: Path) -> None:
     numbers = {"r2_kept": 0.5, "r2_removed": 0.7, "r2_kept_centred": 0.5, "r2_removed_centred": 0.7}
     trivial = {"trivial_mean_r2_kept": -0.05, "trivial_full_r2_removed": -0.1}
     write_json(folder / "metrics.json", numbers | trivial | {"num_steps": 20, "elapsed_s": 240.0, "removal": "drop"})
-    text = "step,loss,r2_kept,r2_removed\n1,2.0,,\n10,1.5,0.3,0.5\n20,1.2,0.5,0.7\n"
+    bounds = "explanation_error,explanation_bound,loss_bound,bound_over_error"
+    text = f"step,loss,r2_kept,r2_removed,{bounds}\n1,2.0,,,,,,\n10,1.5,0.3,0.5,1.25,3.5,4.0,2.6\n20,1.2,0.5,0.7,,,,\n"
     (folder / "training.csv").write_text(text)
 
 
@@ -110,6 +136,10 @@ def write_some(results: Path) -> None:
     write_evaluation(results / "compare/vit-photos", ("animals",))
     write_evaluation(results / "compare/deit-photos", ("animals",))
     write_pretraining(results / "pretrain/vit")
+    write_json(
+        results / "examine/vit-scenes/metrics.json",
+        {"num_pictures": 8, "tasks": {"shape": examination(0), "digit": examination(3)}},
+    )
     cells = {"vit-scenes": ("digit", "shape"), "vit-photos": ("animals",), "deit-photos": ("animals",)}
     for name, tasks in cells.items():
         numbers = {
@@ -182,12 +212,13 @@ def test_every_output_is_there_and_dvc_can_show_the_numbers(report: Path) -> Non
         == ("vit", "digit", "tve", "zero", "plus", "0.7")
     ]
     assert float(row["value"]) == 0.7
-    assert (report / "training.csv").read_text().splitlines()[1] == "vit,1,2.0,,"
+    assert (report / "training.csv").read_text().splitlines()[1] == "vit,1,2.0,,,,,,"
 
 
 def test_missing_parts_are_marked_missing(report: Path) -> None:
     text = Tags((report / "report.html").read_text()).text
-    stated = "pre-training of deit, heads of deit on scenes, evaluation of deit on scenes"
+    unexamined = "vit on photos, examination of deit on scenes, examination of deit on photos"
+    stated = f"pre-training of deit, heads of deit on scenes, examination of {unexamined}, evaluation of deit on scenes"
     assert f"Missing: {stated}." in text
     assert text.count("missing") > 5
 
@@ -202,9 +233,62 @@ def test_pictures_stand_side_by_side_over_tasks_and_over_backbones(report: Path)
     found = Tags((report / "report.html").read_text())
     pictures = [attrs["alt"] for tag, attrs in found.seen if tag == "img"]
     over_tasks, over_backbones = 2 * (1 + 2 * 2), 2 * (1 + 2 * 2)
-    assert len(pictures) == over_tasks + over_backbones
+    galleries = 2 * (1 + 2 * len(METHODS)) + 2 * 2 * (1 + len(METHODS))  # of vit on scenes, and of both on photos
+    assert len(pictures) == over_tasks + over_backbones + galleries
+    assert pictures.count("Random, blurred, heatmap for <four>") == 4
     assert "heatmap for <four>" in pictures
     assert "five (is six)" in found.text
+
+
+def test_every_other_measure_has_a_table_of_the_methods_that_have_it(project: Path) -> None:
+    write_some(project)
+    columns = columns_of(read_results(project, ("vit",), ("scenes",)), "vit")
+    tables = {table["label"]: table for table in measure_tables(columns, "drop")}
+    assert list(tables) == [
+        *("Attribution mass inside the object", "Pointing game"),
+        *("Average precision as a detector of object patches", "ROAD", "Infidelity"),
+    ]
+    assert tables["ROAD"]["tasks"] == ["digit", "shape"]
+    inside = tables["Attribution mass inside the object"]
+    assert inside["tasks"] == ["digit"]
+    assert inside["rows"][0] == {"label": "TVE", "cells": [".150"]}
+    assert [row["label"] for row in inside["rows"]] == [
+        *("TVE", "TVE, windows", "Random", "Random, blurred", "Centre", "Exact windows")
+    ]
+
+
+def test_pictures_that_are_classified_right_have_a_table_of_their_own(report: Path) -> None:
+    _, after = Tags((report / "report.html").read_text()).text.split("right alone", maxsplit=1)
+    assert ".777" in after
+
+
+def test_the_examination_and_the_bound_on_the_way_are_stated(report: Path) -> None:
+    text = Tags((report / "report.html").read_text()).text
+    assert "digit, TVE .03 −.12 .41 –" in text
+    assert "digit .20 .60 .90 3.0 × 4.5 × 3" in text
+    assert "10 1.25 3.50 4.00 2.6 ×" in text
+
+
+def test_the_papers_rows_stand_beside_ours_with_a_mark_for_each_fidelity(project: Path) -> None:
+    write_some(project)
+    results = read_results(project, ("vit",), ("scenes",))
+    digit = results.evaluations["vit", "scenes"].metrics["tasks"]["digit"]
+    digit["methods"]["tve_hg"] = digit["methods"]["random"]
+    won_and_lost = {"fidelity_plus": interval(0.1), "fidelity_minus": interval(0.1)}
+    digit["differences"]["drop"] = digit["differences"]["drop"] | {"tve_hg": won_and_lost}
+    found = beside_the_paper(results, "vit", "vit_tiny_patch16_224", "drop")
+    assert found is not None
+    assert (found["called"], found["tasks"]) == ("ViT-Base", ["digit", "shape"])
+    rows = {row["label"]: row for row in found["rows"]}
+    assert list(rows) == ["ViT-Shapley", "TVE-Hg", "TVE"]
+    assert rows["TVE"]["paper"] == [".16 / .09", ".33 / .19", ".40 / .31"]
+    assert rows["TVE-Hg"]["ours"][0] == [
+        {"mean": ".100", "verdict": "better"},
+        {"mean": ".400", "verdict": "worse"},
+    ]
+    assert rows["ViT-Shapley"]["ours"][1] == [{"mean": "–", "verdict": ""}] * 2
+    assert rows["TVE"]["ours"][0][0] == {"mean": ".300", "verdict": ""}
+    assert beside_the_paper(results, "vit", "convnext_tiny", "drop") is None
 
 
 def test_the_page_states_accuracies_and_what_was_cut_short(report: Path) -> None:
@@ -310,6 +394,6 @@ def test_numbers_lose_their_leading_zero_and_keep_a_true_minus() -> None:
 def test_an_r2_below_zero_is_said_to_be_no_share_at_all() -> None:
     metrics = {"r2_kept": 0.2, "r2_removed": -0.09}
     pretraining = {"vit": Pretraining(metrics, [])}
-    (sentence, *_), _ = headline(Results(("vit",), (), {}, pretraining, {}), {})
+    (sentence, *_), _ = headline(Results(("vit",), (), {}, pretraining, {}, {}), {})
     assert "predicts 20\u00a0% of what differs" in sentence
     assert "less than each picture's own mean would, −.090, when it is taken away" in sentence

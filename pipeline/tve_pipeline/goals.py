@@ -207,6 +207,12 @@ def methods_of(profile: str) -> tuple[str, ...]:
     return tuple(_params(profile)["run"]["methods"])
 
 
+def section_of(profile: str, name: str) -> dict[str, Any]:
+    """A section of a profile, unchecked."""
+    section: dict[str, Any] = _params(profile)[name]
+    return section
+
+
 def verify_outputs(profile: str) -> None:
     """Hashes every output of the profile's stages from its bytes; anything but what dvc.lock names ends the run."""
     stages = yaml.safe_load(Path("dvc.lock").read_text())["stages"]

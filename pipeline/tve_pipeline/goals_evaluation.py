@@ -34,8 +34,11 @@ from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule, class_maps
 from tve_pipeline.compare import SHAPLEY, CellScores, read_cell
+from tve_pipeline.evaluate_measures import EvaluateParams
+from tve_pipeline.evaluation import load_task_heads
+from tve_pipeline.examine import ExamineParams, examined
 from tve_pipeline.goal_lines import Goals
-from tve_pipeline.goals import cells, methods_of, verify_outputs
+from tve_pipeline.goals import cells, methods_of, section_of, verify_outputs
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 
 PROFILES = ("scenes",)
@@ -46,6 +49,7 @@ BARS_OF_WAY = {"fidelity_plus": 0.80, "fidelity_minus": 0.70}
 NUM_RESAMPLES = 10_000
 TIMED_BATCH, TIMED_ROUNDS = 32, 9
 PARITY_PICTURES = 4
+SANITY_PICTURES, SANITY_BAR = 32, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for backbone, dataset in cells(profile):
             price(goals, profile, backbone, dataset)
             occlusion_parity(goals, profile, backbone, dataset)
+            sanity(goals, profile, backbone, dataset)
     rise_converges(goals)
     return 1 if goals.fell_short else 0
 
@@ -156,11 +161,31 @@ def occlusion_parity(goals: Goals, profile: str, backbone: str, dataset: str) ->
     target = head(evaluator.full(images)).argmax(-1)
     windows = Windows(explainer.backbone.patches_per_side, 0)
     meta = exact_windows(evaluator, images, windows)
-    ours = class_maps(meta, head, target, TransferRule("probability", weight_kept=0.0))
+    ours = class_maps(meta, head, target, TransferRule("probability", "window", weight_kept=0.0))
     keys = [str(number) for number in range(len(images))]
     answers = Occlusion(evaluator, radius=0)(images, keys, {"task": Question(head, target)})
     error = float((answers["task", "occlusion"].map_BPP - ours).abs().max())
     goals.at_most(f"{profile}, {backbone}: occlusion against captum's", error, 1e-5, "probability")
+
+
+def sanity(goals: Goals, profile: str, backbone: str, dataset: str) -> None:
+    """Largest mean rank correlation, over tasks, of TVE's maps with those of what was redrawn; and broken bounds."""
+    shards = Shards.open(Path("data", profile, "shards", dataset))
+    explainer = load_explainer(Path("models", profile, "export", backbone))
+    heads = load_task_heads(Path("models", profile, "heads", f"{backbone}-{dataset}"), explainer.backbone, shards.tasks)
+    evaluation = EvaluateParams.model_validate(section_of(profile, "evaluate"))
+    params = ExamineParams(num_pictures=SANITY_PICTURES, num_heads=5, seed=0)
+    _, images = next(ordered_batches(shards, evaluation.split, explainer.backbone, batch_size=SANITY_PICTURES))
+    tasks = examined(explainer, heads, images, params, evaluation)["tasks"].values()
+    for name, found in (
+        ("random heads", [task["tve"]["random_head"] for task in tasks]),
+        ("another picture", [task["tve"]["other_picture"] for task in tasks]),
+        ("all blocks redrawn", [task["tve"]["blocks"][-1] for task in tasks if task["tve"]["blocks"]]),
+    ):
+        largest = max((value for value in found if value is not None), default=None)
+        goals.at_most(f"{profile}, {backbone}: rank correlation with {name}", largest, SANITY_BAR, "correlation")
+    broken = float(sum(task["bound"]["num_broken"] for task in tasks))
+    goals.at_most(f"{profile}, {backbone}: pictures that break the bound", broken, 0, "pictures")
 
 
 def rise_converges(goals: Goals) -> None:

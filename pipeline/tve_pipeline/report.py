@@ -26,24 +26,29 @@ from tve_pipeline.entry import run_stage
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import RunParams, Section, active_profile, load_params, load_section
-from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, heatmap_boards
+from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, galleries, heatmap_boards
+from tve_pipeline.report_paper import MARKS, PAPER_TASKS, beside_the_paper
 from tve_pipeline.report_provenance import Origin, provenance
 from tve_pipeline.report_results import Results, read_results
 from tve_pipeline.report_tables import (
     columns_of,
     density_table,
     difference_table,
+    examination_table,
     fidelity_table,
+    measure_tables,
     methods_of,
     number,
     removals_of,
     share_row,
+    times,
 )
 from tve_pipeline.report_words import GLOSSARY, TERMS, cut_short, headline, protocol
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+NUM_GALLERY_PICTURES = 2  # whose maps of all methods are shown
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 # One of each kind: the tables have all.
 CURVE_METHODS = (
@@ -118,6 +123,9 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
         large_figures=large_figures,
         missing=results.missing(),
         boards=boards,
+        galleries=galleries(results, NUM_GALLERY_PICTURES),
+        paper_tasks=PAPER_TASKS,
+        marks=MARKS,
         jpeg=_jpeg,
         learned=[_learned(results, name) for name in results.backbones],
         backbones=[_backbone_section(report, name) for name in results.backbones],
@@ -148,6 +156,7 @@ def flat_metrics(report: Report) -> dict[str, float]:
 
 
 def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
+    trained_for = report.trained_for[backbone]
     columns = [
         column | {"accuracies": _accuracies(report.results, backbone, column)}
         for column in columns_of(report.results, backbone)
@@ -161,11 +170,21 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
         "name_datasets": len(datasets) > 1 and any(column["dataset"] != column["task"] for column in columns),
         "legend": [figures.style_of(method) for method in reversed(CURVE_METHODS) if method in present],
         "density": density_table(columns),
+        "paper": beside_the_paper(
+            report.results, backbone, report.sections["backbones"][backbone]["architecture"], trained_for
+        ),
+        "measures": measure_tables(columns, trained_for),
+        "correct_only": fidelity_table(columns_of(report.results, backbone, correct_only=True), trained_for),
+        "examined": [
+            {"dataset": dataset, **examination_table(found)}
+            for (name, dataset), found in report.results.examined.items()
+            if name == backbone
+        ],
         "prices": _prices(report, backbone),
         "removals": [
             {
                 "name": removal,
-                "trained": removal == report.trained_for[backbone],
+                "trained": removal == trained_for,
                 "groups": fidelity_table(columns, removal),
                 "shares": share_row(columns, removal),
                 "differences": difference_table(columns, removal),
@@ -174,7 +193,7 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
                     for panel in _curves(report, backbone, removal)
                 ],
             }
-            for removal in removals_of(report.results, backbone, report.trained_for[backbone])
+            for removal in removals_of(report.results, backbone, trained_for)
         ],
     }
 
@@ -235,13 +254,21 @@ def _learned(results: Results, backbone: str) -> dict[str, Any]:
     """One backbone's rows of the table of R², and its training curve."""
     found = results.pretraining.get(backbone)
     if found is None:
-        return {"name": backbone, "rows": None, "curve": None}
+        return {"name": backbone, "rows": None, "curve": None, "bounds": []}
     metrics = found.metrics
     trivial = {"kept": metrics.get("trivial_mean_r2_kept"), "removed": metrics.get("trivial_full_r2_removed")}
     about = {"kept": ("ĝ, window kept", "the mean of g"), "removed": ("ĥ, window removed", "G(x)")}
     training = _training(results, backbone)
     return {
         "name": backbone,
+        "bounds": [
+            {
+                "step": f"{row['step']:,.0f}",
+                "cells": [number(row[name], 2) for name in ("explanation_error", "explanation_bound", "loss_bound")],
+                "tightness": times(row["bound_over_error"]),
+            }
+            for row in found.bounds()
+        ],
         "rows": [
             {
                 "label": label,

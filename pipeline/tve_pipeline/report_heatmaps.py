@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from tve import figures
 from tve_pipeline.report_results import Heatmaps, Results, in_order
+from tve_pipeline.report_tables import in_table_order
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,6 +76,22 @@ def heatmap_boards(results: Results, num_pictures: int) -> list[HeatmapBoard]:
         }
         if found:
             boards.append(_board(dataset, found, num_pictures))
+    return boards
+
+
+def galleries(results: Results, num_pictures: int) -> list[HeatmapBoard]:
+    """Maps of all methods: a board for each backbone and dataset, a row a method, a column a task."""
+    boards = []
+    for (backbone, dataset), evaluation in results.evaluations.items():
+        if (heatmaps := evaluation.heatmaps) is None:
+            continue
+        tasks = in_order({task for task, _ in heatmaps.maps})
+        methods = in_table_order({method for _, method in heatmaps.maps})
+        pictures = []
+        for index, key in enumerate(heatmaps.keys[:num_pictures]):
+            rows = [(figures.style_of(m).label, [_cell(heatmaps, key, task, m) for task in tasks]) for m in methods]
+            pictures.append(BoardPicture(key, figures.enlarged(heatmaps.images[index]), rows))
+        boards.append(HeatmapBoard(f"{backbone}, {dataset}", tasks, pictures))
     return boards
 
 

@@ -52,7 +52,15 @@ class Evaluation:
     @property
     def tasks(self) -> dict[str, Any]:
         """What was measured of each task, in the order of the report."""
-        tasks: dict[str, Any] = self.metrics["tasks"]
+        return self._in_order("tasks")
+
+    @property
+    def correct_only(self) -> dict[str, Any]:
+        """The same over the pictures that the head gets right; nothing where it was not stated."""
+        return self._in_order("correct_only")
+
+    def _in_order(self, section: str) -> dict[str, Any]:
+        tasks: dict[str, Any] = self.metrics.get(section, {})
         return {task: tasks[task] for task in in_order(tasks)}
 
 
@@ -65,9 +73,17 @@ class Pretraining:
 
     def evaluations(self) -> dict[str, list[float]]:
         """Steps and R² of the rows at which R² was measured: "step", "kept", "removed"."""
-        measured = [row for row in self.rows if row.get("r2_kept") and row.get("r2_removed")]
+        measured = self._measured()
         columns = {"step": "step", "kept": "r2_kept", "removed": "r2_removed"}
         return {name: [float(row[column]) for row in measured] for name, column in columns.items()}
+
+    def bounds(self) -> list[dict[str, float]]:
+        """The error of maps and its bounds at those rows, where the backbone has a classifier of its own."""
+        names = ("step", "explanation_error", "explanation_bound", "loss_bound", "bound_over_error")
+        return [{name: float(row[name]) for name in names} for row in self._measured() if row.get("explanation_error")]
+
+    def _measured(self) -> list[dict[str, str]]:
+        return [row for row in self.rows if row.get("r2_kept") and row.get("r2_removed")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,7 @@ class Results:
     evaluations: dict[tuple[str, str], Evaluation]
     pretraining: dict[str, Pretraining]
     heads: dict[tuple[str, str], dict[str, Any]]
+    examined: dict[tuple[str, str], dict[str, Any]]  # by task
 
     def missing(self) -> list[str]:
         """The expected results that are not there, in words."""
@@ -86,6 +103,7 @@ class Results:
         return (
             [f"pre-training of {name}" for name in self.backbones if name not in self.pretraining]
             + [f"heads of {name} on {dataset}" for name, dataset in pairs if (name, dataset) not in self.heads]
+            + [f"examination of {name} on {dataset}" for name, dataset in pairs if (name, dataset) not in self.examined]
             + [
                 f"evaluation of {name} on {dataset}"
                 for name, dataset in pairs
@@ -105,12 +123,14 @@ def read_results(folder: Path, backbones: tuple[str, ...], datasets: tuple[str, 
     evaluations = {pair: _evaluation(folder / "compare" / name) for pair, name in pairs.items()}
     pretraining = {name: _pretraining(folder / "pretrain" / name) for name in backbones}
     heads = {pair: _metrics(folder / "heads" / name) for pair, name in pairs.items()}
+    examined = {pair: _metrics(folder / "examine" / name).get("tasks") for pair, name in pairs.items()}
     return Results(
         backbones,
         datasets,
         {pair: found for pair, found in evaluations.items() if found},
         {name: found for name, found in pretraining.items() if found},
         {pair: found for pair, found in heads.items() if found},
+        {pair: found for pair, found in examined.items() if found},
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from tve.fidelity.controls import CONTROLS
 from tve.figures import style_of
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
-from tve_pipeline.report_results import REFERENCES, Results
+from tve_pipeline.report_results import REFERENCES, Results, in_order
 
 # In the order of the tables; a number at the end of a name is a budget of evaluations.
 GROUPS = (
@@ -18,6 +18,17 @@ GROUPS = (
     REFERENCES,
 )
 DENSITY_METHODS = ("tve", "tve_mean", "tve_u", "tve_hg", "random", *REFERENCES)
+# What the tables of other measures are called, and which way is better.
+OTHER_MEASURES = {
+    "insertion": ("Insertion area", "higher"),
+    "deletion": ("Deletion area", "lower"),
+    "mass_inside": ("Attribution mass inside the object", "higher"),
+    "pointing": ("Pointing game", "higher"),
+    "average_precision": ("Average precision as a detector of object patches", "higher"),
+    "road": ("ROAD", "higher"),
+    "infidelity": ("Infidelity", "lower"),
+    "sensitivity": ("Sensitivity", "lower"),
+}
 Cell = dict[str, Any] | None
 
 
@@ -31,7 +42,7 @@ def removals_of(results: Results, backbone: str, trained_for: str) -> list[str]:
     return sorted(found, key=lambda removal: (removal != trained_for, removal))
 
 
-def columns_of(results: Results, backbone: str) -> list[dict[str, Any]]:
+def columns_of(results: Results, backbone: str, *, correct_only: bool = False) -> list[dict[str, Any]]:
     """The columns of a backbone's tables: each task of each dataset, or one that says that a dataset is missing."""
     columns: list[dict[str, Any]] = []
     for dataset in results.datasets:
@@ -39,7 +50,8 @@ def columns_of(results: Results, backbone: str) -> list[dict[str, Any]]:
         if evaluation is None:
             columns.append({"dataset": dataset, "task": dataset, "result": None})
         else:
-            columns += [{"dataset": dataset, "task": task, "result": found} for task, found in evaluation.tasks.items()]
+            tasks = evaluation.correct_only if correct_only else evaluation.tasks
+            columns += [{"dataset": dataset, "task": task, "result": found} for task, found in tasks.items()]
     return columns
 
 
@@ -50,6 +62,11 @@ def methods_of(columns: Iterable[dict[str, Any]]) -> list[tuple[str, ...]]:
     for method in sorted(present, key=_place):
         groups[_place(method)[0]].append(method)
     return [tuple(group) for group in groups if group]
+
+
+def in_table_order(methods: Iterable[str]) -> list[str]:
+    """Methods as the tables list them."""
+    return sorted(methods, key=_place)
 
 
 def _place(method: str) -> tuple[int, int, int]:
@@ -109,6 +126,64 @@ def difference_table(columns: list[dict[str, Any]], removal: str) -> list[dict[s
         ]
         rows.append({"label": style_of(method).label, "control": method in CONTROLS, "cells": cells})
     return rows
+
+
+def measure_tables(columns: list[dict[str, Any]], removal: str) -> list[dict[str, Any]]:
+    """Every other measure of every map: {"label", "better", "tasks", "rows"}, a row {"label", "cells"} per method."""
+    tables = []
+    for measure, (label, better) in OTHER_MEASURES.items():
+        found = {column["task"]: _of_measure(column["result"], measure, removal) for column in columns}
+        tasks = [task for task, values in found.items() if values]
+        methods = [method for group in methods_of(columns) for method in group]
+        rows = [
+            {"label": style_of(method).label, "cells": [number(found[task].get(method)) for task in tasks]}
+            for method in methods
+            if any(found[task].get(method) is not None for task in tasks)
+        ]
+        if rows:
+            tables.append({"label": label, "better": better, "tasks": tasks, "rows": rows})
+    return tables
+
+
+def _of_measure(result: dict[str, Any] | None, measure: str, removal: str) -> dict[str, float | None]:
+    """By method, the mean of a measure, which is either one under a removal or one of a map."""
+    if result is None:
+        return {}
+    for section in ("objects", "robustness"):
+        of_section = result.get(section) or {}
+        if any(measure in values for values in of_section.values()):
+            return {method: values.get(measure) for method, values in of_section.items()}
+    scores = {method: by_removal.get(removal, {}) for method, by_removal in result["methods"].items()}
+    return {method: found[measure]["mean"] for method, found in scores.items() if measure in found}
+
+
+def examination_table(examined: dict[str, Any]) -> dict[str, Any]:
+    """Rank correlations by task and reading, and the bound by task: {"num_blocks", "correlations", "bounds"}."""
+    correlations, bounds = [], []
+    for task in in_order(examined):
+        found = examined[task]
+        for reading in ("tve", "exact_windows"):
+            values = found[reading]
+            cells = [values["random_head"], values["other_picture"], *values["blocks"]]
+            label = f"{task}, {style_of(reading).label}"
+            correlations.append({"label": label, "cells": [number(cell, 2) for cell in cells]})
+        bound = found["bound"]
+        bounds.append(
+            {
+                "label": task,
+                "cells": [
+                    *(number(bound[name], 2) for name in ("error", "bound", "loss_bound")),
+                    *(times(bound[name]) for name in ("bound_over_error", "loss_bound_over_error")),
+                    str(bound["num_broken"]),
+                ],
+            }
+        )
+    first = next(iter(examined.values()), None)
+    return {
+        "num_blocks": len(first["tve"]["blocks"]) if first else 0,
+        "correlations": correlations,
+        "bounds": bounds,
+    }
 
 
 def density_table(columns: list[dict[str, Any]]) -> dict[str, Any]:
