@@ -63,7 +63,7 @@ proof: $(READY) ## compile every kernel for four GPU architectures, without a GP
 bench: $(READY) ## time the coalition engine beside plain PyTorch; appends rows to kernels/results
 	python -m benchmarks.engine
 
-goals-engine: $(READY) ## measure what the coalition engine promises; about half an hour on two cores
+goals-engine: $(READY) ## measure what the coalition engine promises; about 45 minutes on two cores
 	python -m benchmarks.goals
 
 goals-evaluation: $(READY) ## measure how faithful TVE is beside other methods, on 50 pictures; FULL=1: on all

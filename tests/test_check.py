@@ -152,6 +152,9 @@ def test_an_evaluation_all_of_whose_removals_a_backbone_cannot_serve_is_refused(
         ("pretrain__batch_size", 16000, "pretrain"),
         ("pretrain__num_evaluation_pictures", 256, "pretrain_val"),
         ("evaluate__num_pictures", 2000, "test"),
+        ("examine__num_pictures", 2000, "test"),
+        ("shapley__batch_size", 16000, "pretrain"),
+        ("shapley__num_evaluation_pictures", 256, "pretrain_val"),
         ("backbone__train__batch_size", 16000, "train"),
     ],
 )
@@ -167,6 +170,27 @@ def test_more_pictures_than_a_split_has_are_refused(project: Path, key: str, ava
     message = rf"^{where}: expected at most the {available} pictures of split '{split}' of .*, got {available + 1}$"
     with pytest.raises(ValueError, match=message):
         check()
+
+
+def test_occlusion_is_refused_where_its_windows_do_not_lie_inside_the_grid(project: Path) -> None:
+    write(pretrain__radius=3, run__methods=["tve", "occlusion"])
+    check_backbone("vit_scenes", parse_profile())
+    write(pretrain__radius=4, run__methods=["tve", "occlusion"])
+    with pytest.raises(ValueError, match=r"run\.methods: expected no occlusion where its windows of 9 patches a side"):
+        check_backbone("vit_scenes", parse_profile())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("methods__rise__budgets", [50, 20], r"methods\.rise\.budgets: expected ascending numbers of evaluations"),
+        ("evaluate__fractions", [0.5, 0.5], r"evaluate\.fractions: expected ascending fractions, got \[0\.5, 0\.5\]"),
+    ],
+)
+def test_numbers_that_do_not_ascend_are_refused(project: Path, key: str, value: list[float], message: str) -> None:
+    write(**{key: value})
+    with pytest.raises(ValueError, match=message):
+        main([])
 
 
 def test_a_copied_profile_is_refused_until_it_has_the_name_of_its_file(project: Path) -> None:

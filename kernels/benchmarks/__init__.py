@@ -3,4 +3,5 @@
 python -m benchmarks.engine    evaluations per second, whole models
 python -m benchmarks.ops       each kernel alone, on a GPU
 python -m benchmarks.table     the README's table, from the rows
+python -m benchmarks.goals     what the engine promises, measured
 """

@@ -48,7 +48,9 @@ FLOORS: dict[Precision, float] = {"float32": 1e-6, "bfloat16": 1e-3, "float16": 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.goals", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch on the CPU")
     parser.add_argument("--rounds", type=int, default=7, help="how often each side is timed")
     parser.add_argument("--skip-stream", action="store_true", help="leave out the 50,000 pictures")

@@ -84,7 +84,9 @@ class Profile:
     backbone: BackboneStageParams
     pretrain: PretrainParams
     heads: heads.HeadsParams
+    shapley: ShapleyParams
     evaluate: EvaluateParams
+    examine: ExamineParams
 
 
 def main(argv: list[str]) -> None:
@@ -123,7 +125,9 @@ def parse_profile() -> Profile:
         backbone=load_section("backbone", BackboneStageParams),
         pretrain=load_section("pretrain", PretrainParams),
         heads=load_section("heads", heads.HeadsParams),
+        shapley=load_section("shapley", ShapleyParams),
         evaluate=load_section("evaluate", EvaluateParams),
+        examine=load_section("examine", ExamineParams),
     )
 
 
@@ -223,8 +227,12 @@ def check_num_pictures(profile: Profile, num_pictures: Mapping[str, Mapping[str,
     if params.mae is not None and params.mae.weights is None:
         require("pretrain.mae.batch_size", params.mae.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
     require("pretrain.num_evaluation_pictures", params.num_evaluation_pictures, run.pretrain_dataset, HELD_OUT_SPLIT)
+    shapley = profile.shapley
+    require("shapley.batch_size", shapley.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
+    require("shapley.num_evaluation_pictures", shapley.num_evaluation_pictures, run.pretrain_dataset, HELD_OUT_SPLIT)
     for name in run.task_datasets:
         require("evaluate.num_pictures", profile.evaluate.num_pictures, name, profile.evaluate.split)
+        require("examine.num_pictures", profile.examine.num_pictures, name, profile.evaluate.split)
     if training is not None and any(profile.backbones[name].weights == "train" for name in run.backbones):
         require("backbone.train.batch_size", training.batch_size, training.dataset, BACKBONE_TRAIN_SPLIT)
 
@@ -252,6 +260,12 @@ def check_backbone(name: str, profile: Profile) -> None:
 
 
 def _check_grid(backbone: Backbone, profile: Profile) -> None:
+    if "occlusion" in profile.run.methods and 2 * profile.pretrain.radius >= backbone.patches_per_side:
+        side, grid = 2 * profile.pretrain.radius + 1, backbone.patches_per_side
+        raise ValueError(
+            f"run.methods: expected no occlusion where its windows of {side} patches a side, those of pretrain.radius, "
+            f"do not lie inside a grid of {grid} per side"
+        )
     with _located("evaluate.removals"):
         served_removals(backbone, profile.evaluate.removals)
     patches_per_side = backbone.patches_per_side

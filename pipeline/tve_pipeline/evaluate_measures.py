@@ -5,12 +5,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 from PIL import Image
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from tve.backbones import Backbone
@@ -60,6 +61,13 @@ class EvaluateParams(Section):
     seed: int = Field(ge=0)
     num_heatmaps: int = Field(ge=0)
     robustness: RobustnessParams
+
+    @field_validator("fractions")
+    @classmethod
+    def _ascend(cls, fractions: tuple[float, ...]) -> tuple[float, ...]:
+        if any(low >= high for low, high in pairwise(fractions)):
+            raise ValueError(f"expected ascending fractions, got {list(fractions)}")
+        return fractions
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import nn
 
 from tve.backbones import Backbone
@@ -36,6 +37,13 @@ class BudgetParams(Section):
     """A method that evaluates as many coalitions of a picture as it is given, with a map at each of these numbers."""
 
     budgets: tuple[Annotated[int, Field(ge=2)], ...] = Field(min_length=1)
+
+    @field_validator("budgets")
+    @classmethod
+    def _ascend(cls, budgets: tuple[int, ...]) -> tuple[int, ...]:
+        if any(low >= high for low, high in pairwise(budgets)):
+            raise ValueError(f"expected ascending numbers of evaluations, got {list(budgets)}")
+        return budgets
 
 
 class StepsParams(Section):
