@@ -280,8 +280,9 @@ def test_the_papers_rows_stand_beside_ours_with_a_mark_for_each_fidelity(project
     assert found is not None
     assert (found["called"], found["tasks"]) == ("ViT-Base", ["digit", "shape"])
     rows = {row["label"]: row for row in found["rows"]}
-    assert list(rows) == ["ViT-Shapley", "TVE-Hg", "TVE"]
-    assert rows["TVE"]["paper"] == [".16 / .09", ".33 / .19", ".40 / .31"]
+    assert list(rows) == ["ViT-Shapley", "TVE-Hg", "TVE, window mean", "TVE"]
+    assert rows["TVE, window mean"]["paper"] == [".16 / .09", ".33 / .19", ".40 / .31"]
+    assert rows["TVE"]["paper"] == ["–"] * 3
     assert rows["TVE-Hg"]["ours"][0] == [
         {"mean": ".100", "verdict": "better"},
         {"mean": ".400", "verdict": "worse"},

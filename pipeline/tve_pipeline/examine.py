@@ -6,13 +6,15 @@ Writes results/P/examine/BACKBONE-DATASET/metrics.json, for every task and for T
 
 random_head    rank correlation of a picture's map with the map of the same class under redrawn heads
 other_picture  the same with the map that another picture's meta-attribution gives
-blocks         the same with the maps of backbones whose 1, 2, … last blocks are redrawn (`tve.fidelity.sanity`)
+blocks         the same with the maps of backbones whose 1, 2, … last blocks are redrawn (`tve.fidelity.sanity`); of TVE
+               where its explainer reads the backbone's own features, and nothing where it has networks of its own
 bound          TVE's error beside its bounds (`tve.fidelity.bound`), and how many pictures break one: none should
 
 Correlations are means over pictures; a map that does not change has 1.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,7 @@ def examined(
         meta_attributions(on_backbone(explainer, changed), images_B3SS, evaluation)
         for changed in cascade(explainer.backbone, params.seed)
     ]
+    reads_backbone = explainer.config.form == "shared" and explainer.config.trunk == "frozen"
     tasks: dict[str, Any] = {}
     for task, each in heads.items():
         head, full_BD = each.head, metas["exact_windows"].full_BD
@@ -103,7 +106,9 @@ def examined(
             found[name] = {
                 "random_head": sum(told) / len(told) if told else None,
                 "other_picture": correlation(class_maps(_next_picture(metas[name]), head, target_B, rule)),
-                "blocks": [correlation(class_maps(of[name], head, target_B, rule)) for of in redrawn],
+                "blocks": [correlation(class_maps(of[name], head, target_B, rule)) for of in redrawn]
+                if name == "exact_windows" or reads_backbone
+                else [],
             }
         bound = explanation_bound(metas["tve"], metas["exact_windows"], head, target_B, rule)
         tasks[task] = found | {"bound": bound_numbers(bound)}
@@ -114,23 +119,22 @@ def examined(
 def meta_attributions(
     explainer: Explainer, images_B3SS: Tensor, evaluation: EvaluateParams
 ) -> dict[str, MetaAttribution]:
-    """TVE's and the exact ones of some pictures."""
+    """TVE's and the exact ones of some pictures, with one G(∅)."""
     evaluator = CoalitionEvaluator(
         explainer.backbone,
         explainer.config.removal,
         memory_mib=evaluation.memory_mib,
         precision=evaluation.precision,
     )
-    return {
-        "tve": explainer(images_B3SS),
-        "exact_windows": exact_windows(evaluator, images_B3SS, explainer.family),
-    }
+    exact, predicted = exact_windows(evaluator, images_B3SS, explainer.family), explainer(images_B3SS)
+    return {"tve": replace(predicted, empty_D=exact.empty_D), "exact_windows": exact}
 
 
-def cascade(backbone: Backbone, seed: int) -> list[Backbone]:
+def cascade(backbone: Backbone, seed: int) -> Iterator[Backbone]:
     """The backbone with its last block redrawn, with its last two, … with all; none where it has no blocks."""
     blocks: list[Any] = [getattr(backbone.model, name) for name in SEQUENCES if hasattr(backbone.model, name)]
-    return [randomised(backbone, count, seed) for count in range(1, len(blocks[0]) + 1)] if blocks else []
+    for count in range(1, len(blocks[0]) + 1 if blocks else 1):
+        yield randomised(backbone, count, seed)
 
 
 def on_backbone(explainer: Explainer, backbone: Backbone) -> Explainer:

@@ -1,4 +1,6 @@
-"""The paper's table beside ours: the same rows, and a mark for each cell that TVE wins, ties or loses.
+"""The paper's table beside ours: its rows, and a mark for each cell that TVE wins, ties or loses.
+
+The paper reads TVE by the window mean, which stands here beside the reading that is compared.
 
 Numbers of the paper: TVE, ICML 2024, arXiv 2312.15359, its table of fidelities at 224 px after pre-training on
 ImageNet; means over pictures, F⁺ / F⁻.
@@ -11,7 +13,7 @@ from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_results import Results
 from tve_pipeline.report_tables import columns_of, number, verdict_of
 
-METHODS = ("vit_shapley", "tve_hg", "tve")
+ROWS = {"vit_shapley": "vit_shapley", "tve_hg": "tve_hg", "tve_mean": "tve", "tve": ""}  # ours, and the paper's
 PAPER_TASKS = ("Cats-vs-dogs", "Imagenette", "CIFAR-10")
 MARKS = {"better": "✓", "worse": "✗", "unclear": "○"}
 # By how an architecture's name begins: what the paper calls it, and F⁺, F⁻ of each method on each task.
@@ -54,7 +56,7 @@ def beside_the_paper(results: Results, backbone: str, architecture: str, removal
         return None
     called, theirs = PAPER[kind]
     rows = []
-    for method in METHODS:
+    for method, in_paper in ROWS.items():
         ours = []
         for column in columns:
             scores = column["result"]["methods"].get(method, {}).get(removal)
@@ -71,7 +73,9 @@ def beside_the_paper(results: Results, backbone: str, architecture: str, removal
         rows.append(
             {
                 "label": style_of(method).label,
-                "paper": [f"{number(plus, 2)} / {number(minus, 2)}" for plus, minus in theirs[method]],
+                "paper": [f"{number(plus, 2)} / {number(minus, 2)}" for plus, minus in theirs[in_paper]]
+                if in_paper
+                else ["–"] * len(PAPER_TASKS),
                 "ours": ours,
             }
         )

@@ -160,11 +160,13 @@ def _of_measure(result: dict[str, Any] | None, measure: str, removal: str) -> di
 def examination_table(examined: dict[str, Any]) -> dict[str, Any]:
     """Rank correlations by task and reading, and the bound by task: {"num_blocks", "correlations", "bounds"}."""
     correlations, bounds = [], []
+    num_blocks = max((len(found["exact_windows"]["blocks"]) for found in examined.values()), default=0)
     for task in in_order(examined):
         found = examined[task]
         for reading in ("tve", "exact_windows"):
             values = found[reading]
-            cells = [values["random_head"], values["other_picture"], *values["blocks"]]
+            blocks = values["blocks"] or [None] * num_blocks
+            cells = [values["random_head"], values["other_picture"], *blocks]
             label = f"{task}, {style_of(reading).label}"
             correlations.append({"label": label, "cells": [number(cell, 2) for cell in cells]})
         bound = found["bound"]
@@ -178,12 +180,7 @@ def examination_table(examined: dict[str, Any]) -> dict[str, Any]:
                 ],
             }
         )
-    first = next(iter(examined.values()), None)
-    return {
-        "num_blocks": len(first["tve"]["blocks"]) if first else 0,
-        "correlations": correlations,
-        "bounds": bounds,
-    }
+    return {"num_blocks": num_blocks, "correlations": correlations, "bounds": bounds}
 
 
 def density_table(columns: list[dict[str, Any]]) -> dict[str, Any]:
