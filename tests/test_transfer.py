@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tve import transfer_rule
 from tve.coalitions import Windows
 from tve.meta_attribution import MetaAttribution
 from tve.transfer_rule import (
@@ -159,22 +160,51 @@ def test_shares_are_the_ridge_regression_whose_window_sums_are_nearest_to_half_o
     u = torch.randn(P, P, generator=torch.Generator().manual_seed(3))
     phi = transfer(planted(u, radius), identity_head())[0, 0]
     window_NN = Windows(P, radius).kept_NPP().flatten(1).double()
-    ridge = SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1)
-    normal_NN = window_NN.T @ window_NN + ridge * torch.eye(P * P).double()
-    expected = torch.linalg.solve(normal_NN, window_NN.T @ u.double().flatten() / 2)
+    if radius == 0:
+        torch.testing.assert_close(phi, u / 2)
+        return
+    with_constant = torch.cat([window_NN, torch.ones(P * P, 1).double()], 1)
+    ridge = SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1) * torch.eye(P * P + 1).double()
+    ridge[-1, -1] = 0
+    normal = with_constant.T @ with_constant + ridge
+    expected = torch.linalg.solve(normal, with_constant.T @ u.double().flatten() / 2)[:-1]
     torch.testing.assert_close(phi.double().flatten(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("radius", [1, 2])
-def test_a_patch_that_alone_counts_has_most_of_it_as_its_share_wherever_it_is(radius: int) -> None:
+def test_what_all_windows_have_alike_changes_no_share(radius: int) -> None:
+    """A constant u has none, and so neither G(∅) nor a large offset common to all windows makes a pattern."""
+    u = torch.randn(2, 3, P, P, generator=torch.Generator().manual_seed(3))
+    flat = shares(torch.full((1, 1, P, P), 7.0), radius)
+    torch.testing.assert_close(flat, torch.zeros_like(flat), atol=1e-5, rtol=0)
+    torch.testing.assert_close(shares(u + 5, radius), shares(u, radius), atol=1e-5, rtol=0)
+
+
+def test_shares_keep_their_precision_and_can_be_differentiated_whatever_came_before() -> None:
+    u = torch.randn(1, 2, 7, 7, generator=torch.Generator().manual_seed(3))
+    transfer_rule._share_parts.cache_clear()
+    with torch.inference_mode():
+        expected = shares(u, 1).clone()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(shares(u, 1), expected)
+    shares(u.requires_grad_(), 1).sum().backward()
+    assert u.grad is not None
+    assert shares(u.bfloat16(), 1).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_a_patch_that_alone_counts_has_the_largest_share_wherever_it_is(radius: int) -> None:
     """The mean gives as much to its neighbours: a window says 1 exactly when it holds the patch."""
     for n, place in enumerate(itertools.product(range(P), repeat=2)):
         holds_N = Windows(P, radius).kept_NPP().flatten(1)[:, n].float()
         phi = transfer(planted(2 * holds_N.reshape(P, P), radius), identity_head())[0, 0]
+        if bool(holds_N.all()):  # every window has it, which is the constant's
+            torch.testing.assert_close(phi, torch.zeros_like(phi), atol=1e-6, rtol=0)
+            continue
         others = phi.flatten()[torch.arange(P * P) != n]
         # Sums over windows do not tell all: along some directions they are zero.
-        assert phi[place] > 0.45
-        assert others.max() < 0.7 * phi[place]
+        assert phi[place] > 0.15
+        assert others.max() < 0.95 * phi[place]
 
 
 def test_a_constant_u_stays_constant_to_the_very_corner() -> None:

@@ -93,7 +93,7 @@ class Explainer(nn.Module):
             head: embeddings [..., D] to logits [..., C]: linear, or any module in evaluation mode.
             target: a class, one class per picture [B] (a list, an array or a tensor of integers), or None for the class
                 that the head predicts.
-            rule: how to read the meta-attribution; by default logits with the window mean.
+            rule: how to read the meta-attribution; by default logits, each patch its share.
 
         Raises:
             ValueError: a target that is no class of the head, a head that `transfer` refuses, or images of another form

@@ -3,15 +3,16 @@
     u[p, q] = w+ (l(g[p, q]) - l(G(∅)))  +  w- (l(G(x)) - l(h[p, q]))
 
 l is the logit, the probability or the log-probability of a class under the head. G(∅) and G(x) do not change the order
-of patches; they fix the zero. u belongs to windows; what a patch gets of it is the rule's `per_patch`:
+of patches; they fix the zero of u. u belongs to windows; what a patch gets of it is the rule's `per_patch`:
 
-    share   phi whose sums over windows are nearest to u / 2 (ridge regression): a patch's own part
+    share   phi whose sums over windows, and one constant, are nearest to u / 2 (ridge regression): a patch's own part
     mean    phi = mean of u over the windows that contain the patch
     window  phi = u of the window around the patch
 
 The mean is the paper's (arXiv 2312.15359, section 4, which writes a sum; a clipped sum has 9 terms in a corner and 25
 inside, and its release averages). It blurs twice: u / 2 is already a sum over the window, of Shapley values where no
-more than two patches interact (docs/method.md). Shares undo both.
+more than two patches interact (docs/method.md). Shares undo both; what every window has alike is the constant's, so
+their zero is a patch that adds nothing to that.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,8 +33,9 @@ from tve.meta_attribution import MetaAttribution
 Output = Literal["logit", "probability", "log_probability"]
 PerPatch = Literal["share", "mean", "window"]
 # Times the number of a window's other patches, the ridge against the squared window sums. Chosen on pictures without
-# labels that no test reads; ten times more or three times less are about as faithful (docs/experiments.md).
-SHARE_RIDGE = 0.04
+# labels that no test reads, as the least at which shares are as faithful as means or more on photographs, whose windows
+# are erratic; on scenes a third to a tenth would be better (docs/experiments.md).
+SHARE_RIDGE = 0.4
 Head = Callable[[Tensor], Tensor]
 # A class for all pictures, or one class per picture [B].
 Target = int | np.integer[Any] | Sequence[int] | NDArray[np.integer[Any]] | Tensor
@@ -131,25 +133,49 @@ def of_patches(u_BCPP: Tensor, radius: int, per_patch: PerPatch) -> Tensor:
 
 
 def shares(u_BCPP: Tensor, radius: int) -> Tensor:
-    """The values of patches whose sums over windows are nearest to u / 2, with a ridge: (AᵀA + λ)⁻¹ Aᵀ u / 2.
+    """The values of patches whose sums over windows, and a constant, are nearest to u / 2, with a ridge on the values.
 
-    A, whether a window contains a patch, is a product over rows and columns of one band matrix, so that its
-    eigenvectors are too: two small products with each side, and no matrix of patches by patches.
+        phi, c = argmin |A phi + c - u / 2|^2 + ridge |phi|^2          A: whether a window contains a patch
+
+    A is a product over rows and columns of one band matrix, so that its eigenvectors are too: four small products, and
+    no matrix of patches by patches. The constant is a correction of rank one. A window of one patch tells all of it:
+    for radius 0 this is u / 2.
     """
-    vectors_PP, gain_PP = _share_filter(u_BCPP.shape[-1], radius, u_BCPP.dtype, u_BCPP.device)
-    shares_BCPP: Tensor = vectors_PP @ (gain_PP * (vectors_PP.T @ u_BCPP @ vectors_PP)) @ vectors_PP.T
+    if radius == 0:
+        return u_BCPP / 2
+    exact = u_BCPP if u_BCPP.dtype in (torch.float32, torch.float64) else u_BCPP.float()
+    vectors_PP, gain_PP, flat_PP, weights_PP = (
+        torch.as_tensor(part, dtype=exact.dtype, device=exact.device) for part in _share_parts(exact.shape[-1], radius)
+    )
+    with torch.autocast(exact.device.type, enabled=False):
+        half_BCPP = (exact - exact.mean((-2, -1), keepdim=True)) / 2
+        phi_BCPP = vectors_PP @ (gain_PP * (vectors_PP.T @ half_BCPP @ vectors_PP)) @ vectors_PP.T
+        phi_BCPP = phi_BCPP + flat_PP * (weights_PP * half_BCPP).sum((-2, -1), keepdim=True)
+    shares_BCPP: Tensor = phi_BCPP.to(u_BCPP.dtype)
     return shares_BCPP
 
 
 @lru_cache(maxsize=64)
-def _share_filter(side: int, radius: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [P, P] of the band matrix, and by what u is multiplied along each pair of them, [P, P]."""
-    place_P = torch.arange(side)
-    band_PP = ((place_P[:, None] - place_P).abs() <= radius).double()
-    values_P, vectors_PP = torch.linalg.eigh(band_PP)
-    windows_PP = values_P[:, None] * values_P
-    gain_PP = 0.5 * windows_PP / (windows_PP.square() + SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1))
-    return vectors_PP.to(device, dtype), gain_PP.to(device, dtype)
+def _share_parts(side: int, radius: int) -> tuple[NDArray[np.float64], ...]:
+    """What `shares` multiplies by, each [P, P].
+
+    With S = (A A + ridge)^-1: eigenvectors of the band matrix; the gain of S A along each pair of them; b = S A 1, what
+    shares without a constant give a flat picture; and A b / (1 (1 - A b)), how much of b the constant takes back.
+    """
+    place_P = np.arange(side)
+    values_P, vectors_PP = np.linalg.eigh((np.abs(place_P[:, None] - place_P) <= radius).astype(np.float64))
+    windows_PP = np.outer(values_P, values_P)
+    ridge = SHARE_RIDGE * ((2 * radius + 1) ** 2 - 1)
+    shrunk_PP = windows_PP**2 + ridge
+    ones_PP = np.outer(vectors_PP.sum(0), vectors_PP.sum(0))  # the flat picture, along each pair of eigenvectors
+
+    def picture(along_PP: NDArray[np.float64]) -> NDArray[np.float64]:
+        drawn_PP: NDArray[np.float64] = vectors_PP @ along_PP @ vectors_PP.T
+        return drawn_PP
+
+    flat_PP, summed_PP = picture(windows_PP / shrunk_PP * ones_PP), picture(windows_PP**2 / shrunk_PP * ones_PP)
+    missing = float((ridge / shrunk_PP * ones_PP**2).sum())  # N - 1 A b, without cancelling
+    return vectors_PP, windows_PP / shrunk_PP, flat_PP, summed_PP / missing
 
 
 def window_mean(u_BCPP: Tensor, radius: int) -> Tensor:
