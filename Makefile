@@ -69,7 +69,7 @@ goals-engine: $(READY) ## measure what the coalition engine promises; about 45 m
 goals-evaluation: $(READY) ## measure how faithful TVE is beside other methods, on 50 pictures; FULL=1: on all
 	python -m tve_pipeline.goals_evaluation $(if $(FULL),--full)
 
-goals-main: $(READY) ## measure what the main job promises; about 20 minutes: clones, installs, runs everything
+goals-main: $(READY) ## measure what the main job promises: clones, installs, runs everything, so as long as `make repro` takes
 	python -m tve_pipeline.goals main
 
 clean: ## remove what the pipeline made (not DVC's cache, from which `dvc checkout` restores it) and tools' caches

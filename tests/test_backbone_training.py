@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tve.backbones import Backbone, load_backbone
 from tve.evaluator import CoalitionEvaluator
+from tve.removal import Removal
 from tve_pipeline.backbone import LabelledPictures, accuracies, task_readings
 from tve_pipeline.backbone_training import (
     BackboneTrainingConfig,
@@ -117,31 +118,29 @@ def test_training_refuses_what_it_cannot_train() -> None:
         train_backbone(model(), images, labels_M + 8 - labels_M.max(), keys, 4, replace(CONFIG, batch_size=8))
 
 
-@pytest.mark.parametrize("changes", [{}, {"reg_tokens": 2}, {"class_token": False, "global_pool": "avg"}])
-def test_classifying_kept_patches_is_the_operator_drop(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize(
+    ("kind", "changes", "removal"),
+    [
+        ("plain", {}, "drop"),
+        ("plain", {"reg_tokens": 2}, "drop"),
+        ("plain", {"class_token": False, "global_pool": "avg"}, "drop"),
+        ("swin", {}, "zero"),
+    ],
+)
+def test_kept_patches_are_classified_as_the_operator_leaves_them(
+    kind: str, changes: dict[str, object], removal: Removal
+) -> None:
     torch.manual_seed(0)
-    backbone = load_backbone(VIT, "random", timm_args=SMALL_VIT | changes)
+    name, arguments = KINDS[kind]
+    backbone = load_backbone(name, "random", timm_args=arguments | changes, patches_per_side=4)
     images = torch.randn(5, 3, 32, 32)
     kept_BK = random_patches(5, 16, 6, torch.Generator().manual_seed(0))
     present = torch.zeros(5, 16, dtype=torch.bool).scatter_(1, kept_BK, True).reshape(5, 1, 4, 4)
     classifier = backbone.classifier()
     assert classifier is not None
-    expected = classifier(CoalitionEvaluator(backbone, "drop")(images, present)[:, 0])
+    expected = classifier(CoalitionEvaluator(backbone, removal)(images, present)[:, 0])
     torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK, 4), expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(classify_kept(backbone.model, images, None, 4), backbone.model(images))
-
-
-def test_a_swin_classifies_kept_patches_as_the_operator_zero_leaves_them() -> None:
-    torch.manual_seed(0)
-    name, arguments = KINDS["swin"]
-    backbone = load_backbone(name, "random", timm_args=arguments, patches_per_side=4)
-    images = torch.randn(5, 3, 32, 32)
-    kept_BK = random_patches(5, 16, 6, torch.Generator().manual_seed(0))
-    present = torch.zeros(5, 16, dtype=torch.bool).scatter_(1, kept_BK, True).reshape(5, 1, 4, 4)
-    classifier = backbone.classifier()
-    assert classifier is not None
-    expected = classifier(CoalitionEvaluator(backbone, "zero")(images, present)[:, 0])
-    torch.testing.assert_close(classify_kept(backbone.model, images, kept_BK, 4), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_distilled_transformer_has_one_classifier_for_both_tokens_that_reads_the_embedding() -> None:

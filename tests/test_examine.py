@@ -1,5 +1,6 @@
 """What `examine` states, on an untrained backbone whose explainer is noise."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,26 +14,14 @@ from tve.fidelity.bound import explanation_bound
 from tve.fidelity.sanity import random_head, randomised, rank_correlation
 from tve.meta_attribution import exact_windows
 from tve.transfer_rule import class_maps
-from tve_pipeline.evaluate_measures import EvaluateParams, RobustnessParams, TaskHead
+from tve_pipeline.evaluate_measures import EvaluateParams, TaskHead
 from tve_pipeline.examine import ExamineParams, bound_numbers, cascade, examined, on_backbone
+from tve_pipeline.params import load_section
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 5}
-EVALUATION = EvaluateParams(
-    split="test",
-    num_pictures=6,
-    removals=("drop",),
-    fractions=(0.5,),
-    batch_size=2,
-    memory_mib=64,
-    precision="float32",
-    output="logit",
-    per_patch="share",
-    seed=0,
-    num_heatmaps=0,
-    robustness=RobustnessParams(
-        num_pictures=0, road_fractions=(0.5,), infidelity_sets=1, sensitivity_radius=0.1, sensitivity_draws=2
-    ),
-)
+EVALUATION = load_section(
+    "evaluate", EvaluateParams, Path(__file__).parents[1] / "profiles" / "scenes.yaml"
+).model_copy(update={"precision": "float32"})
 PARAMS = ExamineParams(num_pictures=6, num_heads=2, seed=3)
 IMAGES = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 

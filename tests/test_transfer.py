@@ -113,7 +113,7 @@ def test_all_classes_at_once_equal_each_class_alone(output: Output) -> None:
 
 def test_each_picture_is_explained_by_itself() -> None:
     both, head, rule = meta(2), linear_head(), TransferRule()
-    second = MetaAttribution(both.kept_BND[1:], both.removed_BND[1:], both.full_BD[1:], both.empty_D, 1)
+    second = both[1:]
     torch.testing.assert_close(transfer(both, head, rule)[1:], transfer(second, head, rule))
 
 

@@ -1,6 +1,7 @@
 """The one object that evaluates coalitions: embeddings G(x_S) of a picture x with only the patches S present.
 
-Everything in the project that needs a masked copy of a picture asks a `CoalitionEvaluator` for its embedding. Plain
+Everything in the project that needs a masked copy of a picture asks a `CoalitionEvaluator` for its embedding, but for
+what needs gradients: training a backbone, and ViT-Shapley's surrogate. Plain
 vision transformers are evaluated on packed tokens (`tve.token_engine`), without masked copies; any other model, under
 `zero`, on masked copies (`tve.masked_copies`). Work is split into passes that respect a memory budget, always the same
 ones for the same call.

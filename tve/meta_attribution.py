@@ -34,6 +34,11 @@ class MetaAttribution:
         if self.radius < 0:
             raise ValueError(f"radius: expected at least 0, got {self.radius}")
 
+    def __getitem__(self, pictures: slice | Tensor) -> "MetaAttribution":
+        """That of some of the pictures."""
+        parts = (self.kept_BND[pictures], self.removed_BND[pictures], self.full_BD[pictures])
+        return MetaAttribution(*parts, self.empty_D, self.radius)
+
 
 def exact_windows(
     evaluator: CoalitionEvaluator, images_B3SS: Tensor, family: CoalitionFamily, empty_D: Tensor | None = None

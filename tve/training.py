@@ -179,7 +179,7 @@ def bound_columns(predicted: MetaAttribution, exact: MetaAttribution, head: nn.L
     """
     if head is None:
         return {}
-    some, of_them = (_first(meta, NUM_BOUNDED_PICTURES) for meta in (predicted, exact))
+    some, of_them = predicted[:NUM_BOUNDED_PICTURES], exact[:NUM_BOUNDED_PICTURES]
     with torch.no_grad():
         found = explanation_bound(some, of_them, head, head(of_them.full_BD).argmax(-1))
     return {
@@ -188,11 +188,6 @@ def bound_columns(predicted: MetaAttribution, exact: MetaAttribution, head: nn.L
         "loss_bound": float(found.from_loss_B.mean()),
         "bound_over_error": float((found.bound_B / found.actual_B).median()),
     }
-
-
-def _first(meta: MetaAttribution, count: int) -> MetaAttribution:
-    parts = (meta.kept_BND[:count], meta.removed_BND[:count], meta.full_BD[:count])
-    return MetaAttribution(*parts, meta.empty_D, meta.radius)
 
 
 def write_training_rows(rows: list[Row], path: Path) -> None:

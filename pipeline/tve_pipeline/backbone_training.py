@@ -1,9 +1,9 @@
 """Trains a small vision transformer, plain, distilled or Swin, that partial pictures are not foreign to.
 
-Most steps see a random part of every picture, as its removal operator leaves it: an explainer's targets are embeddings
-of partial pictures, and they are erratic where the backbone never saw any. Tokens are left out of a plain transformer;
-a Swin sees blank pixels. A smooth random warp makes up for a small number of different objects. The last steps see
-pictures as they are, and more of them whole.
+Most steps see a random part of every picture: an explainer's targets are embeddings of partial pictures, and they are
+erratic where the backbone never saw any. A plain transformer sees them as `drop` leaves them, a Swin as `zero` does,
+whatever operator its explainer is for. A smooth random warp makes up for a small number of different objects. The last
+steps see pictures as they are, and more of them whole.
 
 The matrices of the blocks are trained by Muon (torch.optim.Muon: momentum, orthogonalised), which needs about
 half the steps that AdamW needs here; all other parameters by AdamW, at the same learning rate.
@@ -76,6 +76,8 @@ def train_backbone(
         FloatingPointError: the loss became NaN or infinite; names step and pictures.
     """
     transformer = _require_trainable(model, images_M3SS, labels_M, patches_per_side, config)
+    if isinstance(transformer, VisionTransformerDistilled):
+        transformer.head_dist = transformer.head
     device = next(model.parameters()).device
     arithmetic = choose_precision("auto", device)
     generator = torch.Generator().manual_seed(config.seed)
@@ -94,8 +96,8 @@ def train_backbone(
             if not finishing:
                 images = warp(images, config.warp_pixels, generator)
             kept_BK = draw_kept(len(batch), patches_per_side**2, finishing, config, generator)
+            kept_BK = None if kept_BK is None else kept_BK.to(device)
             with torch.autocast(device.type, arithmetic.dtype, enabled=arithmetic.precision != "float32"):
-                kept_BK = None if kept_BK is None else kept_BK.to(device)
                 logits = classify_kept(transformer, images.to(device), kept_BK, patches_per_side)
             loss = nn.functional.cross_entropy(
                 logits.float(), labels_M[batch].to(device), label_smoothing=config.label_smoothing
@@ -190,8 +192,6 @@ def _require_trainable(
     if len(images) < config.batch_size:
         raise ValueError(f"batch_size: expected at most the {len(images)} training pictures, got {config.batch_size}")
     highest = int(labels_M.max())
-    if isinstance(model, VisionTransformerDistilled):
-        model.head_dist = model.head
     head = model.head if isinstance(model, VisionTransformer) else model.get_classifier()
     if not isinstance(head, nn.Linear) or head.out_features <= highest:
         raise ValueError(f"num_classes: expected a classifier of at least {highest + 1} classes, got {head}")

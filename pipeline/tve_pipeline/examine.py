@@ -85,6 +85,7 @@ def examined(
         meta_attributions(on_backbone(explainer, changed), images_B3SS, evaluation)
         for changed in cascade(explainer.backbone, params.seed)
     ]
+    another = torch.arange(len(images_B3SS)).roll(1)
     reads_backbone = explainer.config.form == "shared" and explainer.config.trunk == "frozen"
     tasks: dict[str, Any] = {}
     for task, each in heads.items():
@@ -105,7 +106,7 @@ def examined(
             told = [value for value in by_head if value is not None]
             found[name] = {
                 "random_head": sum(told) / len(told) if told else None,
-                "other_picture": correlation(class_maps(_next_picture(metas[name]), head, target_B, rule)),
+                "other_picture": correlation(class_maps(metas[name][another], head, target_B, rule)),
                 "blocks": [correlation(class_maps(of[name], head, target_B, rule)) for of in redrawn]
                 if name == "exact_windows" or reads_backbone
                 else [],
@@ -157,11 +158,6 @@ def bound_numbers(bound: Bound) -> dict[str, float | int]:
         "loss_bound_over_error": float((bound.from_loss_B / bound.actual_B).median()),
         "num_broken": int(broken_B.sum()),
     }
-
-
-def _next_picture(meta: MetaAttribution) -> MetaAttribution:
-    kept_BND, removed_BND, full_BD = (each.roll(1, 0) for each in (meta.kept_BND, meta.removed_BND, meta.full_BD))
-    return MetaAttribution(kept_BND, removed_BND, full_BD, meta.empty_D, meta.radius)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,10 @@ from tve.training import concatenated
 from tve_pipeline.compare import read_cell
 from tve_pipeline.evaluate_measures import object_patches
 from tve_pipeline.goal_lines import Goals
+from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
-SIDES = {"fidelity_plus": 1.0, "fidelity_minus": -1.0}  # +1: higher is better
 NUM_R2_PICTURES = 128
 NUM_DENSITY_PICTURES = 500
 
@@ -50,7 +50,7 @@ NUM_DENSITY_PICTURES = 500
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=["main"])
-    parser.add_argument("--skip-fresh-clone", action="store_true", help="leave out the 20-minute run from nothing")
+    parser.add_argument("--skip-fresh-clone", action="store_true", help="leave out the run from nothing")
     arguments = parser.parse_args(argv)
     goals = Goals()
     fresh_clone(goals, skip=arguments.skip_fresh_clone)
@@ -137,7 +137,8 @@ def fidelity(goals: Goals, backbone: str, dataset: str) -> None:
     explainer_removal = json.loads(Path("models", PROFILE, "export", backbone, "config.json").read_text())
     removal = explainer_removal["explainer"]["removal"]
     for task, methods in scores(backbone, dataset, removal).items():
-        for side, sign in SIDES.items():
+        for side in FIDELITIES:
+            sign = SIGN_OF_BETTER[side]
             for control in CONTROLS:
                 difference_N = sign * (methods["tve"][side] - methods[control][side])
                 low = paired_bootstrap(difference_N[:, None], num_resamples=10_000, seed=0)[0].low
@@ -191,7 +192,10 @@ def scores(backbone: str, dataset: str, removal: str) -> dict[str, dict[str, dic
     )
     assert cell is not None
     return {
-        task: {name: {side: cell.scores[task, name][f"{removal}_{side}"] for side in SIDES} for name in cell.maps(task)}
+        task: {
+            name: {side: cell.scores[task, name][f"{removal}_{side}"] for side in FIDELITIES}
+            for name in cell.maps(task)
+        }
         for task in cell.tasks
     }
 

@@ -103,7 +103,7 @@ def _untrained(given: Given, own: UntrainedParams) -> Method:
 
 def _own_head(given: Given, _: NoSettings) -> Method:
     head = given.explainer.backbone.classifier()
-    assert head is not None, "no_classifier"
+    assert head is not None  # `no_classifier` is asked first
     return OwnHead(given.explainer, head, TransferRule(given.params.output, given.params.per_patch))
 
 

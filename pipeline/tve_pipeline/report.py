@@ -27,10 +27,11 @@ from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import RunParams, Section, active_profile, load_params, load_section
 from tve_pipeline.report_heatmaps import HeatmapBoard, board_figure, galleries, heatmap_boards
-from tve_pipeline.report_paper import MARKS, PAPER_TASKS, beside_the_paper
+from tve_pipeline.report_paper import PAPER_TASKS, beside_the_paper
 from tve_pipeline.report_provenance import Origin, provenance
 from tve_pipeline.report_results import Results, read_results
 from tve_pipeline.report_tables import (
+    MARKS,
     columns_of,
     density_table,
     difference_table,

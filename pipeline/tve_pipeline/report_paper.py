@@ -15,7 +15,6 @@ from tve_pipeline.report_tables import columns_of, number, verdict_of
 
 ROWS = {"vit_shapley": "vit_shapley", "tve_hg": "tve_hg", "tve_mean": "tve", "tve": ""}  # ours, and the paper's
 PAPER_TASKS = ("Cats-vs-dogs", "Imagenette", "CIFAR-10")
-MARKS = {"better": "✓", "worse": "✗", "unclear": "○"}
 # By how an architecture's name begins: what the paper calls it, and F⁺, F⁻ of each method on each task.
 PAPER: dict[str, tuple[str, dict[str, tuple[tuple[float, float], ...]]]] = {
     "vit": (

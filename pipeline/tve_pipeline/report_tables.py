@@ -29,6 +29,7 @@ OTHER_MEASURES = {
     "infidelity": ("Infidelity", "lower"),
     "sensitivity": ("Sensitivity", "lower"),
 }
+MARKS = {"better": "✓", "worse": "✗", "unclear": "○"}  # of a verdict on TVE
 Cell = dict[str, Any] | None
 
 

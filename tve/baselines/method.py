@@ -1,8 +1,8 @@
 """One interface for every explanation method: pictures, heads and classes to maps on the patch grid, and their price.
 
 A method is asked about several heads at once, since some methods can answer all of them from the same evaluations of
-the backbone; others answer one after the other. It may draw several maps for a question (with and without a window
-mean; after 10, 20, 50 evaluations): each has a name of its own, a variant.
+the backbone; others answer one after the other. It may draw several maps for a question (by shares and by the
+window mean; after 10, 20, 50 evaluations): each has a name of its own, a variant.
 """
 
 import hashlib
