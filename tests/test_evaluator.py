@@ -376,7 +376,8 @@ def test_windows_that_do_not_fit_are_errors() -> None:
         WindowCoalitions(Windows(4, 1), centre, kept[:2])
 
 
-def test_a_backend_that_cannot_run_is_an_error_and_auto_says_why_it_chose() -> None:
+def test_a_backend_that_cannot_run_is_an_error_and_auto_says_why_it_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # as on a machine without a GPU
     made = backbone()
     assert CoalitionEvaluator(made, "drop").choice == Choice("torch", AUTO_ON_A_CPU)
     assert CoalitionEvaluator(made, "drop", backend="torch").choice == Choice("torch", "asked for")

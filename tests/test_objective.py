@@ -15,6 +15,23 @@ from tve.objective import (
 )
 
 
+def test_the_loss_is_the_mean_square_of_each_drawn_window_under_the_norm(exact: MetaAttribution) -> None:
+    generator = torch.Generator().manual_seed(2)
+    centre_BM = torch.tensor([[2, 2, 8], [0, 5, 1], [7, 3, 4]])  # one is drawn twice
+    kept_BMD, removed_BMD = torch.randn(2, 3, 3, 5, generator=generator)
+    scale = TargetScale(*torch.randn(2, 5, 5, generator=generator))
+    given = ((exact.kept_BND, kept_BMD, scale.kept_DD), (exact.removed_BND, removed_BMD, scale.removed_DD))
+    for loss, (predicted_BND, target_BMD, norm_DD) in zip(
+        regression_loss(exact, WindowTargets(centre_BM, kept_BMD, removed_BMD), scale), given, strict=True
+    ):
+        squares = [
+            (norm_DD.T @ (predicted_BND[picture, window] - target_BMD[picture, draw])).square()
+            for picture in range(3)
+            for draw, window in enumerate(centre_BM[picture].tolist())
+        ]
+        torch.testing.assert_close(loss, torch.stack(squares).mean())
+
+
 @pytest.fixture
 def exact() -> MetaAttribution:
     generator = torch.Generator().manual_seed(0)

@@ -15,4 +15,3 @@ from tve_kernels.pooled_attention import pooled_attention as pooled_attention
 from tve_kernels.ragged_attention import ragged_attention as ragged_attention
 from tve_kernels.residual_norm import residual_norm as residual_norm
 from tve_kernels.transfer_map import transfer_map as transfer_map
-from tve_kernels.window_loss import window_loss as window_loss

@@ -1,6 +1,7 @@
 """Batches of preprocessed pictures from shards, in an order that depends on (seed, step) alone, so that runs resume."""
 
 import itertools
+import os
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -36,12 +37,13 @@ def training_batches(
     seed: int,
     augment: bool = False,
     start_step: int = 0,
-    num_threads: int = 2,
+    num_threads: int | None = None,
 ) -> Iterator[PictureBatch]:
     """Endless shuffled batches; step s is the same batch whether or not the run was cut short before it.
 
     Augmentation is a random square crop and a mirror image, drawn from (seed, epoch, key). Targets are computed on the
-    augmented picture itself, so no label could be spoiled.
+    augmented picture itself, so no label could be spoiled. `num_threads` threads decode, by default one
+    for each core that the process may use, 16 at most.
 
     Raises:
         ValueError: a split with fewer pictures than a batch.
@@ -63,13 +65,19 @@ def training_batches(
                 yield epoch, list(itertools.islice(samples, batch_size))
             epoch, skipped = epoch + 1, 0
 
+    num_threads = num_threads or min(16, _usable_cores())
     pending: deque[tuple[list[str], list[Future[Tensor]]]] = deque()
-    with ThreadPoolExecutor(num_threads, thread_name_prefix="decode") as pool:
+    # set_num_threads is of the calling thread: without it each decoder starts a team of threads of its own.
+    with ThreadPoolExecutor(num_threads, "decode", initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for epoch, samples in steps():
             pending.append(([s.key for s in samples], [pool.submit(load, s, epoch) for s in samples]))
             if len(pending) > NUM_BATCHES_AHEAD:
                 keys, images = pending.popleft()
                 yield PictureBatch(torch.stack([image.result() for image in images]), keys)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def ordered_batches(

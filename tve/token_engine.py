@@ -277,8 +277,9 @@ class TokenEngine:
             (queries_RHW, keys, values), normed_RD = ready
             x, normed, queries = x_RD[pooled_MQ], normed_RD[pooled_MQ], queries_RHW[pooled_MQ]
         queries_MQHW = queries.unflatten(0, (-1, self.num_pooled))
+        backend = layout.attention_backend(self.backend)
         gathered_MQHW = pooled_attention(
-            queries_MQHW, *block.expand(keys, values), layout, scale=block.scale, backend=self.backend
+            queries_MQHW, *block.expand(keys, values), layout, scale=block.scale, backend=backend
         )
         attended = block.attended(gathered_MQHW.flatten(0, 1), normed)
         x, normed = add_and_norm(x, attended, block.scale1_D, block.norm2, self.backend)

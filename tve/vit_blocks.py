@@ -87,6 +87,7 @@ class PreNormBlock:
     def attend(self, rows: HeadRows, layout: Ragged, backend: Backend) -> Tensor:
         """What each row gathers from its own sequence, [R, H, W]."""
         q, k, v = rows
+        backend = layout.attention_backend(backend)
         return ragged_attention(q, *self.expand(k, v), layout, scale=self.scale, backend=backend)
 
     def expand(self, k_RHW: Tensor, v_RHW: Tensor) -> tuple[Tensor, Tensor]:

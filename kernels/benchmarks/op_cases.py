@@ -21,7 +21,6 @@ from tve.kernels import (
     residual_norm,
 )
 from tve_kernels.transfer_map import transfer_map
-from tve_kernels.window_loss import window_loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +55,6 @@ def op_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
     for name, coalitions in _coalitions(sizes).items():
         yield from _coalition_ops(name, coalitions, sizes, device, dtype)
     yield _transfer_map(sizes, device, dtype)
-    yield from _window_loss(sizes, device, dtype)
 
 
 def _coalitions(sizes: Sizes) -> dict[str, Tensor | WindowCoalitions]:
@@ -169,35 +167,4 @@ def _transfer_map(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> OpC
         ),
         (kept.numel() + removed.numel() + 2 * pictures * width) * kept.element_size() + 4 * pictures * num_patches,
         4 * pictures * (num_patches + 1) * width,
-    )
-
-
-def _window_loss(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator[OpCase]:
-    pictures, num_patches, width, drawn = sizes.pictures, sizes.patches_per_side**2, sizes.width, sizes.drawn
-    predicted = torch.randn(pictures, num_patches, width, device=device).to(dtype).requires_grad_()
-    target = torch.randn(pictures, drawn, width, device=device)
-    index = torch.randint(num_patches, (pictures, drawn), device=device)
-    norm = torch.randn(width, width, device=device) * width**-0.5
-    rows, element = pictures * drawn * width, predicted.element_size()
-
-    def loss_and_gradient(backend: Backend) -> Tensor:
-        loss = window_loss(predicted, target, index, norm, backend=backend)
-        return torch.autograd.grad(loss, predicted)[0]
-
-    shape = f"{pictures} pictures, {drawn} windows each"
-    forward = rows * (element + 4) + 4 * width**2
-    products = 2 * pictures * drawn * width**2
-    yield OpCase(
-        "window_loss",
-        f"{shape}, forward",
-        lambda backend: window_loss(predicted.detach(), target, index, norm, backend=backend),
-        forward,
-        products,
-    )
-    yield OpCase(
-        "window_loss",
-        f"{shape}, with gradient",
-        loss_and_gradient,
-        forward + 4 * width**2 + predicted.numel() * element,
-        2 * products,
     )

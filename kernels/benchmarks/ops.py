@@ -28,7 +28,6 @@ OPS = (
     "pooled_attention",
     "residual_norm",
     "transfer_map",
-    "window_loss",
 )
 NOT_MEASURED = "not measured: needs a GPU"
 

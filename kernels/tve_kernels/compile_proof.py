@@ -19,7 +19,7 @@ from typing import Any
 
 from tve_kernels.compile_cases import CompileCase
 
-OPS = ("pack_tokens", "ragged_attention", "pooled_attention", "residual_norm", "transfer_map", "window_loss")
+OPS = ("pack_tokens", "ragged_attention", "pooled_attention", "residual_norm", "transfer_map")
 
 
 @dataclass(frozen=True, slots=True)

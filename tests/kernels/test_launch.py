@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tve_kernels.launch import on_device_of_first
 
-OPS = ("pack_tokens", "pooled_attention", "ragged_attention", "residual_norm", "transfer_map", "window_loss")
+OPS = ("pack_tokens", "pooled_attention", "ragged_attention", "residual_norm", "transfer_map")
 
 
 @on_device_of_first

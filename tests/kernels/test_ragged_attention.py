@@ -30,7 +30,13 @@ def packed(
 
 
 def check(
-    backend: Backend, qkv: tuple[Tensor, ...], layout: Ragged, within_budget: WithinBudget, scale: float = 0.2
+    backend: Backend,
+    qkv: tuple[Tensor, ...],
+    layout: Ragged,
+    within_budget: WithinBudget,
+    *,
+    scale: float = 0.2,
+    floor: float | None = None,
 ) -> None:
     q, k, v = qkv
     actual = ragged_attention(q, k, v, layout, scale=scale, backend=backend)
@@ -38,7 +44,7 @@ def check(
     exact64 = reference.ragged_attention(q.double(), k.double(), v.double(), layout, scale=scale)
     assert actual.dtype == q.dtype
     assert actual.is_contiguous()
-    within_budget(actual, same_dtype, exact64, floor=FLOOR[q.dtype])
+    within_budget(actual, same_dtype, exact64, floor=FLOOR[q.dtype] if floor is None else floor)
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -69,7 +75,8 @@ def test_the_kernel_takes_heads_of_any_width_from_16_to_128(
 
 @pytest.mark.parametrize("backend", ["triton", "torch"])
 def test_scores_may_be_large(backend: Backend, device: torch.device, within_budget: WithinBudget) -> None:
-    check(backend, *packed((40, 90), 32, torch.float32, device), within_budget, scale=50.0)
+    # A score of 1,000 is rounded by up to 2 ** -15, and moves what is attended by as large a part.
+    check(backend, *packed((40, 90), 32, torch.float32, device), within_budget, scale=50.0, floor=2.0**-14)
 
 
 def test_the_kernel_takes_rows_of_any_strides(device: torch.device, within_budget: WithinBudget) -> None:

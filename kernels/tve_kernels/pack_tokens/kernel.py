@@ -114,7 +114,9 @@ def masks_kernel(
         columns = tl.arange(0, BLOCK_G)[None, :]
         words_RG = tl.load(words[:, None] + columns, mask=valid[:, None] & (columns < NUM_WORDS), other=0)
         counts_RG = _num_bits(words_RG.to(tl.uint32, bitcast=True))
-        passed_RG = tl.cumsum(counts_RG, axis=1) <= patch[:, None]
+        # Triton 3.6 compiles no scan over an axis of one.
+        upto_RG = counts_RG if BLOCK_G == 1 else tl.cumsum(counts_RG, axis=1)
+        passed_RG = upto_RG <= patch[:, None]
         index = tl.sum(passed_RG.to(tl.int32), axis=1)
         before = tl.sum(tl.where(passed_RG, counts_RG, 0), axis=1)
         found = valid & (patch >= 0) & (index < NUM_WORDS)
@@ -308,6 +310,11 @@ CASES = tuple(
         ("bf16", 196, 3072, False),
         ("bf16", 1369, 3072, False),
         ("bf16", 1369, 3072, True),
+        # Small pictures: a mask of one word, of two and of four.
+        ("fp32", 16, 512, False),
+        ("bf16", 49, 768, False),
+        ("bf16", 64, 128, True),
+        ("fp32", 100, 192, False),
     )
     for windows in (True, False)
 )

@@ -52,6 +52,9 @@ def residual_norm_kernel(
     if not RMS:
         mean_R = tl.sum(values_RD, axis=1) / WIDTH
         values_RD = tl.where(is_column[None, :], values_RD - mean_R[:, None], 0.0)
+        # The mean is off by a rounding, which the norm of a nearly constant row multiplies by up to eps ** -0.5.
+        off_R = tl.sum(values_RD, axis=1) / WIDTH
+        values_RD = tl.where(is_column[None, :], values_RD - off_R[:, None], 0.0)
     variance_R = tl.sum(values_RD * values_RD, axis=1) / WIDTH
     values_RD *= (1.0 / tl.sqrt(variance_R + eps))[:, None]
     if HAS_WEIGHT:
