@@ -11,7 +11,7 @@ export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
 PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 
-.PHONY: help venv repro test lint types profile flow graph lock proof bench goals-engine goals-evaluation goals-main clean
+.PHONY: help venv repro test lint types profile flow graph lock proof bench audit goals-engine goals-evaluation goals-lineage goals-main clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -57,6 +57,9 @@ lock: $(READY) ## renew requirements.lock from pyproject.toml
 	uv pip compile pyproject.toml --extra pipeline --extra dev --universal --python-version 3.11 --generate-hashes \
 	  --no-header --no-emit-index-url --no-emit-find-links --no-annotate -q -o requirements.lock
 
+audit: $(READY) ## recompute every hash of the active profile, back to the source pictures
+	tve audit
+
 proof: $(READY) ## compile every kernel for four GPU architectures, without a GPU; spills are errors
 	env -u TRITON_INTERPRET python -m tve_kernels.compile_proof
 
@@ -68,6 +71,9 @@ goals-engine: $(READY) ## measure what the coalition engine promises; about 45 m
 
 goals-evaluation: $(READY) ## measure how faithful TVE is beside other methods, on 50 pictures; FULL=1: on all
 	python -m tve_pipeline.goals_evaluation $(if $(FULL),--full)
+
+goals-lineage: $(READY) ## measure what the audit promises: tampering, and its speed on this run and on 5 GB
+	python -m tve_pipeline.goals_lineage
 
 goals-main: $(READY) ## measure what the main job promises: clones, installs, runs everything, so as long as `make repro` takes
 	python -m tve_pipeline.goals main

@@ -7,6 +7,7 @@ if __name__ == "__main__":
 import sys
 from collections.abc import Callable, Sequence
 
+from tve_pipeline.lineage.evidence import leaving_evidence
 from tve_pipeline.params import require_defined
 
 SECTION_OF = {"BACKBONE": "backbones", "DATASET": "datasets", "METHOD": "methods"}
@@ -23,7 +24,8 @@ def run_stage(stage: str, main: Callable[[list[str]], None], *usage: str) -> Non
     arguments = sys.argv[1:]
     try:
         require_arguments(arguments, usage)
-        main(arguments)
+        with leaving_evidence():
+            main(arguments)
     except FileNotFoundError as error:
         # The system's own error names a file alone; ours say what to do.
         made = f"expected {error.filename}, which does not exist; `dvc repro` makes what a stage reads"

@@ -1,0 +1,164 @@
+"""The command `tve`: where a number came from, and whether that still holds.
+
+    tve audit [ARTIFACT ...]        recompute every hash, back to the source pictures
+    tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
+    tve lineage diff A B            what differs between two runs
+    tve keys [trust]                who signs here, and whom this repository trusts
+
+Exit codes of `audit`: 0 all holds; 1 something broke; 2 wrong usage; 3 nothing broke, but not all is proven (absent,
+unsigned, signed by an unknown key).
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from tve_pipeline.lineage import audit as auditing
+from tve_pipeline.lineage import diff as differences
+from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
+
+SHOWN = 40  # findings that a terminal gets; --json has all
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    asked = _parser().parse_args(arguments)
+    try:
+        return int(asked.run(asked))
+    except (ValueError, OSError) as error:
+        print(f"tve: {error}", file=sys.stderr)
+        return 2
+
+
+def audit(asked: argparse.Namespace) -> int:
+    report = auditing.audit(asked.root, asked.artifacts, profile=asked.profile)
+    if asked.json:
+        print(json.dumps(document(report), indent=2))
+    else:
+        print("\n".join(readable(report)))
+    if asked.html:
+        from tve_pipeline.lineage.page import page
+
+        asked.html.write_text(page(report))
+    return report.exit_code
+
+
+def document(report: auditing.Report) -> dict[str, object]:
+    """A report as JSON has it."""
+    return {
+        "verdict": report.verdict,
+        "first_broken": report.first_broken,
+        "num_files": report.num_files,
+        "num_bytes": report.num_bytes,
+        "findings": [asdict(finding) for finding in report.findings],
+        "stages": [
+            {
+                "stage": stage.name,
+                "evidence": stage.evidence,
+                "signature": stage.standing,
+                "key": stage.key,
+                "command": stage.command,
+                "commit": stage.commit,
+                "with_changes": stage.dirty,
+                "seeds": dict(stage.seeds),
+                "machine": dict(stage.machine),
+                "started": stage.started,
+                "finished": stage.finished,
+                "run": stage.run,
+                "inputs": list(stage.inputs),
+                "outputs": list(stage.outputs),
+            }
+            for stage in report.stages
+        ],
+    }
+
+
+def readable(report: auditing.Report) -> list[str]:
+    """A report for a terminal: what is wrong first, the verdict last."""
+    lines = [f"{each.severity:<9} {each.kind:<11} {each.stage}: {each.message}" for each in report.findings[:SHOWN]]
+    if len(report.findings) > SHOWN:
+        lines.append(f"… and {len(report.findings) - SHOWN} more; --json has all")
+    standings = ", ".join(f"{count} {name}" for name, count in Counter(s.standing for s in report.stages).items())
+    lines.append(
+        f"{report.verdict}: {len(report.stages)} stages ({standings}), {report.num_files} files, "
+        f"{report.num_bytes / 1e6:.1f} MB hashed"
+    )
+    if report.first_broken:
+        lines.append(f"broken since {report.first_broken}")
+    return lines
+
+
+def show(asked: argparse.Namespace) -> int:
+    report = auditing.audit(asked.root, [asked.artifact])
+    for stage in report.stages:
+        seeds = " ".join(f"{name}={seed}" for name, seed in stage.seeds.items())
+        device = stage.machine.get("gpu") or stage.machine.get("processor") or "?"
+        commit = stage.commit[:SHORT] + ("+" if stage.dirty else "")
+        print(f"{stage.name}\n  {stage.command}\n  {stage.finished or '?'}  commit {commit or '?'}  {device}  {seeds}")
+        print(f"  {stage.standing} {stage.key}  {stage.evidence}")
+        for uri, digest in stage.sources.items():
+            print(f"  source {uri.removeprefix('params:')} sha256 {digest}")
+    print(report.verdict)
+    return report.exit_code
+
+
+def diff(asked: argparse.Namespace) -> int:
+    found = differences.difference(differences.runs(asked.root, asked.one), differences.runs(asked.root, asked.other))
+    if asked.json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+    else:
+        for each in found:
+            print(f"{each.kind:<11} {each.stage}: {each.name}: {each.one} | {each.other}")
+        print(f"{len(found)} differences" if found else "no difference")
+    return 0
+
+
+def keys(asked: argparse.Namespace) -> int:
+    if asked.action == "trust":
+        print(f"{trust_own_key(asked.root)}: commit it, and this repository trusts what you sign")
+        return 0
+    trusted, signer = trusted_keys(asked.root), own_signer(make=False)
+    own = signer.public_key.keyid if signer else ""
+    for keyid in trusted:
+        print(f"trusted {keyid[:SHORT]}{' (yours)' if keyid == own else ''}")
+    if own and own not in trusted:
+        print(f"yours   {own[:SHORT]}, which others do not trust until `tve keys trust` is committed")
+    if not own:
+        print(f"no key of yours yet; the first stage that runs makes {own_key_file() or 'none: TVE_SIGNING_KEY=none'}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="tve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--root", type=Path, default=Path("."), help="of the repository")
+    commands = parser.add_subparsers(required=True, metavar="audit | lineage | keys")
+    each = commands.add_parser("audit", help="recompute every hash, back to the source pictures")
+    each.add_argument("artifacts", nargs="*", metavar="ARTIFACT", help="files or folders; none: all of the profile")
+    each.add_argument("--profile", help="whose stages; by default that of params.yaml")
+    each.add_argument("--json", action="store_true", help="everything, for programs")
+    each.add_argument("--html", type=Path, metavar="FILE", help="write a page with the graph")
+    each.set_defaults(run=audit)
+    lineage = commands.add_parser("lineage", help="what is behind an artifact, and what differs").add_subparsers(
+        required=True
+    )
+    each = lineage.add_parser("show", help="the stages behind an artifact")
+    each.add_argument("artifact", metavar="ARTIFACT")
+    each.set_defaults(run=show)
+    each = lineage.add_parser("diff", help="what differs between two runs")
+    each.add_argument("one", metavar="A", help="an evidence file, a folder of them, or a git revision")
+    each.add_argument("other", metavar="B")
+    each.add_argument("--json", action="store_true")
+    each.set_defaults(run=diff)
+    each = commands.add_parser("keys", help="who signs here, and whom this repository trusts")
+    each.add_argument("action", nargs="?", choices=["trust"], help="write the own public key into keys/")
+    each.set_defaults(run=keys)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,522 @@
+"""The audit: every hash recomputed from bytes, every claim held against evidence, from a file back to its pictures.
+
+What is compared, for each stage that an artifact rests on: the evidence file with dvc.lock; its signature with the keys
+that the repository trusts; command, parameters and md5 in dvc.lock with the evidence; parameters with the profile;
+inputs and outputs on the disk with the evidence, by sha256; folders with their lists; the packages with the lock file;
+the commit with the history; what a stage read with what the stage before it says that it wrote.
+
+Imports neither torch nor DVC, and needs no network.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from tve_pipeline.lineage.evidence import BUILD_TYPE, FOLDER, LOCK_FILE, PREDICATE_TYPE, STATEMENT_TYPE
+from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records
+from tve_pipeline.lineage.keys import SHORT, Standing, own_signer, trusted_keys, unseal
+
+DVC_LOCK = "dvc.lock"
+Severity = Literal["broken", "unproven", "note"]
+GENERATED = ("data", "models", "results")  # what stages make; all else that they read is source
+EXIT_CODES: Mapping[str, int] = {"OK": 0, "BROKEN": 1, "UNPROVEN": 3}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that is not as the evidence says, or that no evidence says."""
+
+    severity: Severity
+    kind: str  # file, list, link, evidence, signature, lock, params, code, environment, chain, commit, absent
+    stage: str
+    path: str
+    message: str
+
+
+@dataclass(slots=True)
+class StageEvidence:
+    """A stage in dvc.lock and what its evidence says."""
+
+    name: str
+    locked: Mapping[str, Any]
+    evidence: str  # its path; "" where dvc.lock names none
+    standing: Standing | Literal["missing"] = "missing"
+    key: str = ""
+    command: str = ""
+    params: Mapping[str, Any] = field(default_factory=dict)
+    inputs: Sequence[str] = ()
+    outputs: Sequence[str] = ()
+    read: dict[str, FileRecord] = field(default_factory=dict)
+    made: dict[str, FileRecord] = field(default_factory=dict)
+    commit: str = ""
+    dirty: bool = False
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    seeds: Mapping[str, int] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
+    read_lock: str = ""  # sha256 of the lock file
+    started: str = ""
+    finished: str = ""
+    run: str = ""
+
+
+@dataclass(slots=True)
+class Report:
+    """What an audit found, stages in the order in which they ran."""
+
+    stages: list[StageEvidence]
+    findings: list[Finding]
+    num_files: int
+    num_bytes: int
+
+    @property
+    def verdict(self) -> str:
+        severities = {finding.severity for finding in self.findings}
+        return "BROKEN" if "broken" in severities else "UNPROVEN" if "unproven" in severities else "OK"
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def first_broken(self) -> str:
+        """The earliest stage with something broken, "" where nothing is."""
+        broken = {finding.stage for finding in self.findings if finding.severity == "broken"}
+        return next((stage.name for stage in self.stages if stage.name in broken), "")
+
+
+def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = None) -> Report:
+    """Audits files and folders, or everything that a profile made, back to the sources.
+
+    Args:
+        root: of the repository.
+        artifacts: paths below it; none: every stage of the profile that dvc.lock lists.
+        profile: whose stages; by default the one that params.yaml has.
+
+    Raises:
+        ValueError: no dvc.lock, or an artifact that no stage in it made.
+    """
+    locked = load_lock(root)
+    chosen = _of_profile(locked, profile or active_profile(root)) if not artifacts else _behind(locked, root, artifacts)
+    stages = in_order({name: locked[name] for name in chosen})
+    auditor = _Auditor(root, stages)
+    auditor.run()
+    return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
+
+
+def load_lock(root: Path) -> dict[str, Mapping[str, Any]]:
+    """Stages of dvc.lock by name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    path = root / DVC_LOCK
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: expected the lock of a DVC project, got no such file; run `dvc repro`, or name the root"
+        )
+    document = load_yaml(path)
+    return dict((document or {}).get("stages") or {})
+
+
+def load_yaml(path: Path) -> Any:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(path.read_bytes(), Loader=loader)
+
+
+def active_profile(root: Path) -> str:
+    params = load_yaml(root / "params.yaml") if (root / "params.yaml").is_file() else {}
+    return str((params or {}).get("profile", ""))
+
+
+def in_order(locked: Mapping[str, Mapping[str, Any]]) -> list[StageEvidence]:
+    """Stages, each after those whose outputs it reads; names decide where nothing else does."""
+    remaining, done = dict(sorted(locked.items())), list[str]()
+    producers = {name: paths(entry, "outs") for name, entry in locked.items()}
+    while remaining:
+        ready = [
+            name
+            for name, entry in remaining.items()
+            if not any(
+                other != name and other not in done and any(overlap(path, out) for out in producers[other])
+                for path in paths(entry, "deps")
+                for other in remaining
+            )
+        ]
+        for name in ready or list(remaining):  # a lock with a circle was edited; what it says is compared all the same
+            done.append(name)
+            del remaining[name]
+    return [
+        StageEvidence(name, locked[name], next((p for p in producers[name] if p.split("/")[0] == FOLDER), ""))
+        for name in done
+    ]
+
+
+def paths(entry: Mapping[str, Any], kind: str) -> list[str]:
+    return [str(each["path"]) for each in entry.get(kind) or ()]
+
+
+def overlap(one: str, other: str) -> bool:
+    """Whether one path is the other, or lies below it."""
+    return one == other or one.startswith(other + "/") or other.startswith(one + "/")
+
+
+def _of_profile(locked: Mapping[str, Any], profile: str) -> list[str]:
+    mark = re.compile(rf"@{re.escape(profile)}(-|$)")
+    return [name for name in locked if not profile or "@" not in name or mark.search(name)]
+
+
+def _behind(locked: Mapping[str, Mapping[str, Any]], root: Path, artifacts: Sequence[str]) -> set[str]:
+    """The stages that made the artifacts, and those before them."""
+    found: set[str] = set()
+    asked = []
+    for artifact in artifacts:
+        absolute = Path(os.path.abspath(artifact))
+        relative = (
+            absolute.relative_to(root.resolve()).as_posix() if absolute.is_relative_to(root.resolve()) else artifact
+        )
+        makers = [name for name, entry in locked.items() if any(overlap(relative, out) for out in paths(entry, "outs"))]
+        if not makers:
+            raise ValueError(f"{artifact}: expected an output of a stage in {DVC_LOCK}, got something that none made")
+        asked += makers
+    while asked:
+        name = asked.pop()
+        if name not in found:
+            found.add(name)
+            asked += [
+                other
+                for other, entry in locked.items()
+                if other not in found
+                and any(overlap(dep, out) for dep in paths(locked[name], "deps") for out in paths(entry, "outs"))
+            ]
+    return found
+
+
+class _Auditor:
+    def __init__(self, root: Path, stages: Sequence[StageEvidence]) -> None:
+        self.root, self.stages = root, stages
+        self.findings: list[Finding] = []
+        self.on_disk: dict[str, FileRecord] = {}
+        self.trusted = trusted_keys(root)
+        signer = own_signer(make=False)
+        self.own = signer.public_key if signer else None
+
+    def run(self) -> None:
+        for stage in self.stages:
+            self._open(stage)
+        self._hash()
+        for stage in self.stages:
+            if stage.standing == "missing":
+                continue
+            self._against_lock(stage)
+            self._against_params(stage)
+            self._files(stage, stage.outputs, stage.made, "output")
+            self._files(stage, stage.inputs, stage.read, "input")
+            self._environment(stage)
+            self._chain(stage)
+        self._commits()
+
+    def say(self, severity: Severity, kind: str, stage: StageEvidence, path: str, message: str) -> None:
+        finding = Finding(severity, kind, stage.name, path, message)
+        if finding not in self.findings:
+            self.findings.append(finding)
+
+    def _open(self, stage: StageEvidence) -> None:
+        """Reads a stage's evidence, and judges its signature and its place in dvc.lock."""
+        if not stage.evidence:
+            self.say("unproven", "evidence", stage, "", "dvc.lock lists no evidence of this stage; run it again")
+            return
+        path = self.root / stage.evidence
+        if not path.is_file() or path.is_symlink():
+            what = "is a link" if path.is_symlink() else "is gone"
+            self.say("broken", "evidence", stage, stage.evidence, f"the evidence that dvc.lock lists {what}")
+            return
+        pinned = next(str(out.get("md5", "")) for out in stage.locked["outs"] if out["path"] == stage.evidence)
+        if records([path], md5=True)[path.as_posix()].md5 != pinned:
+            self.say(
+                "broken",
+                "evidence",
+                stage,
+                stage.evidence,
+                "the evidence is not the one that dvc.lock was written with",
+            )
+        try:
+            opened = unseal(path.read_bytes(), self.trusted, self.own)
+            _read_statement(stage, opened.statement)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.say("broken", "evidence", stage, stage.evidence, f"the evidence cannot be read: {error}")
+            return
+        stage.standing, stage.key = opened.standing, opened.key
+        if opened.standing == "altered":
+            self.say(
+                "broken", "signature", stage, stage.evidence, f"key {opened.key} did not sign this: it was altered"
+            )
+        elif opened.standing == "untrusted":
+            message = (
+                f"signed by key {opened.key}, which neither keys/ nor this user has; `tve keys` lists who is trusted"
+            )
+            self.say("unproven", "signature", stage, stage.evidence, message)
+        elif opened.standing == "unsigned":
+            self.say("unproven", "signature", stage, stage.evidence, "the evidence is not signed")
+        named = opened.statement["predicate"]["buildDefinition"]["externalParameters"]["stage"]
+        if named != stage.name:
+            self.say("broken", "evidence", stage, stage.evidence, f"this is evidence of another stage, {named}")
+
+    def _hash(self) -> None:
+        """Every file that evidence names, and every other one that lies among them, once."""
+        named = {path for stage in self.stages for path in (*stage.read, *stage.made)}
+        wanted = [path for path in named if (self.root / path).is_file()]
+        lock = [LOCK_FILE] if (self.root / LOCK_FILE).is_file() else []
+        found = records([self.root / path for path in sorted({*wanted, *lock})], md5=False)
+        self.on_disk = {Path(path).relative_to(self.root).as_posix(): each for path, each in found.items()}
+
+    def _against_lock(self, stage: StageEvidence) -> None:
+        if stage.locked.get("cmd") != stage.command:
+            self.say("broken", "lock", stage, DVC_LOCK, f"dvc.lock says that `{stage.locked.get('cmd')}` ran, evidence "
+                     f"`{stage.command}`")  # fmt: skip
+        for kind, known, listed_paths in (("deps", stage.read, stage.inputs), ("outs", stage.made, stage.outputs)):
+            md5_of = {path: each.md5 for path, each in known.items()}
+            locked = {
+                str(each["path"]): each for each in stage.locked.get(kind) or () if each["path"] != stage.evidence
+            }
+            for path in sorted(set(listed_paths) ^ set(locked)):
+                where = "dvc.lock" if path in locked else "the evidence"
+                self.say("broken", "lock", stage, path, f"{path} is among the stage's {kind} in {where} alone")
+            for path in sorted(set(listed_paths) & set(locked)):
+                if (md5 := dvc_md5(path, md5_of)) is not None and md5 != locked[path].get("md5"):
+                    self.say(
+                        "broken", "lock", stage, path, f"dvc.lock pins md5 {locked[path].get('md5')}, evidence {md5}"
+                    )
+        locked_params = {
+            key: value for each in (stage.locked.get("params") or {}).values() for key, value in each.items()
+        }
+        for key in differing(stage.params, locked_params):
+            self.say(
+                "broken", "lock", stage, DVC_LOCK, f"parameter {key} is not the same in dvc.lock and in the evidence"
+            )
+
+    def _against_params(self, stage: StageEvidence) -> None:
+        name = profile_of(stage.name)
+        file = next(
+            (f for f in (f"profiles/{name}.yaml", "params.yaml") if name and (self.root / f).is_file()), "params.yaml"
+        )
+        if not (self.root / file).is_file():
+            return
+        document = load_yaml(self.root / file)
+        for key, value in stage.params.items():
+            for changed in differing({key: value}, {key: _at(document, key)}):
+                self.say("broken", "params", stage, file, f"{changed} in {file} is not what the stage ran with")
+
+    def _files(self, stage: StageEvidence, asked: Sequence[str], known: Mapping[str, FileRecord], role: str) -> None:
+        for path in asked:
+            here = self.root / path
+            below = {name: each for name, each in known.items() if overlap(name, path)}
+            if not os.path.lexists(here):
+                if path.split("/")[0] in GENERATED:
+                    self.say(
+                        "unproven",
+                        "absent",
+                        stage,
+                        path,
+                        f"{path} is not on this disk; `dvc pull` or `dvc checkout` it",
+                    )
+                else:
+                    self.say("broken", "code", stage, path, f"{path}, which the stage read, is gone")
+                continue
+            self._listing(stage, path, below, role)
+            for name, each in below.items():
+                found = self.on_disk.get(name)
+                if found is None or (found.size, found.sha256) == (each.size, each.sha256):
+                    continue
+                if path.split("/")[0] in GENERATED:
+                    then = f"{each.sha256[:SHORT]}… when the stage {_verb(role)} it"
+                    what = f"its sha256 is {found.sha256[:SHORT]}…, and was {then}"
+                    self.say("broken", "file", stage, name, f"{name} was altered: {what}")
+                else:
+                    self.say("broken", "code", stage, name, f"{name} changed since the stage ran")
+
+    def _listing(self, stage: StageEvidence, path: str, known: Collection[str], role: str) -> None:
+        """What lies in a folder must be what was there, and no link but those that DVC makes into its cache."""
+        present = {file.relative_to(self.root).as_posix() for file in listed(self.root / path)}
+        for name in sorted(present - set(known)):
+            what = "link" if (self.root / name).is_symlink() else "file"
+            self.say(
+                "broken", "link" if what == "link" else "list", stage, name, f"{name}: a {what} that no stage made"
+            )
+        for name in sorted(set(known) - present):
+            self.say("broken", "list", stage, name, f"{name}, which the stage {_verb(role)}, is gone")
+        for name in sorted(present & set(known)):
+            if (self.root / name).is_symlink() and not _in_dvc_cache((self.root / name).resolve()):
+                self.say("broken", "link", stage, name, f"{name} is a link to somewhere else")
+
+    def _environment(self, stage: StageEvidence) -> None:
+        recorded, lock = stage.read_lock, self.on_disk.get(LOCK_FILE)
+        if recorded and lock is None:
+            self.say("broken", "environment", stage, LOCK_FILE, f"{LOCK_FILE}, of the stage's environment, is gone")
+        elif recorded and lock and recorded != lock.sha256:
+            self.say("broken", "environment", stage, LOCK_FILE, f"{LOCK_FILE} changed since the stage ran")
+        if lock is None:
+            return
+        packages = stage.environment.get("packages") or {}
+        other = {
+            n: v for n, v in locked_versions(self.root / LOCK_FILE).items() if n in packages and packages[n] not in v
+        }
+        for name, versions in sorted(other.items()):
+            self.say(
+                "broken", "environment", stage, name,
+                f"the stage ran with {name} {packages[name]}, and {LOCK_FILE} has {' or '.join(sorted(versions))}",
+            )  # fmt: skip
+
+    def _chain(self, stage: StageEvidence) -> None:
+        """What a stage read must be what the stage before it says that it wrote."""
+        for name, each in stage.read.items():
+            if name.split("/")[0] not in GENERATED:
+                continue
+            maker = next(
+                (
+                    s
+                    for s in self.stages
+                    if s is not stage and any(overlap(name, out) for out in paths(s.locked, "outs"))
+                ),
+                None,
+            )
+            if maker is None:
+                self.say("unproven", "chain", stage, name, f"{name}: no stage in dvc.lock made it")
+            elif maker.standing != "missing" and name in maker.made and maker.made[name].sha256 != each.sha256:
+                message = f"{stage.name} read other bytes of {name} than {maker.name} says that it wrote"
+                self.say("broken", "chain", stage, name, message)
+            elif maker.standing != "missing" and name not in maker.made:
+                self.say("broken", "chain", stage, name, f"{stage.name} read {name}, which {maker.name} did not write")
+
+    def _commits(self) -> None:
+        """Commits must be in the history; what was not committed is said."""
+        known: dict[str, bool | None] = {}
+        for stage in self.stages:
+            if not stage.commit:
+                continue
+            if stage.commit not in known:
+                known[stage.commit] = _has_commit(self.root, stage.commit)
+            if known[stage.commit] is False:
+                self.say(
+                    "note", "commit", stage, "", f"commit {stage.commit[:SHORT]} is not in this repository's history"
+                )
+            if stage.dirty:
+                self.say(
+                    "note",
+                    "commit",
+                    stage,
+                    "",
+                    f"ran on commit {stage.commit[:SHORT]} with changes; the evidence holds them",
+                )
+
+
+def read_evidence(text: bytes) -> StageEvidence:
+    """A stage as its evidence alone tells it, whoever signed.
+
+    Raises:
+        ValueError: it is no evidence of a stage.
+    """
+    opened = unseal(text, {})
+    stage = StageEvidence("", {}, "", opened.standing, opened.key)
+    try:
+        _read_statement(stage, opened.statement)
+        stage.name = opened.statement["predicate"]["buildDefinition"]["externalParameters"]["stage"]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"expected evidence of a stage, got a statement without {error}") from error
+    return stage
+
+
+def _read_statement(stage: StageEvidence, statement: Mapping[str, Any]) -> None:
+    """Fills a stage from its statement.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is none of ours.
+    """
+    for key, expected in (("_type", STATEMENT_TYPE), ("predicateType", PREDICATE_TYPE)):
+        if statement[key] != expected:
+            raise ValueError(f"{key}: expected {expected}, got {statement[key]!r}")
+    predicate = statement["predicate"]
+    definition, details = predicate["buildDefinition"], predicate["runDetails"]
+    if definition["buildType"] != BUILD_TYPE:
+        raise ValueError(f"buildType: expected {BUILD_TYPE}, got {definition['buildType']!r}")
+    external, internal = definition["externalParameters"], definition["internalParameters"]
+    stage.command, stage.params = external["command"], external["params"]
+    stage.inputs, stage.outputs = list(external["inputs"]), list(external["outputs"])
+    stage.made = dict(_records(statement["subject"]))
+    materials = definition["resolvedDependencies"]
+    read = dict(_records(each for each in materials if "name" in each))
+    stage.read = {name: each for name, each in read.items() if any(overlap(name, path) for path in stage.inputs)}
+    stage.read_lock = read[LOCK_FILE].sha256 if LOCK_FILE in read else ""
+    stage.commit = next((each["digest"]["gitCommit"] for each in materials if "gitCommit" in each["digest"]), "")
+    stage.sources = {e["uri"]: e["digest"]["sha256"] for e in materials if str(e.get("uri", "")).startswith("params:")}
+    stage.dirty = bool(details.get("byproducts"))
+    stage.environment, stage.machine, stage.seeds = internal["environment"], internal["machine"], internal["seeds"]
+    metadata = details["metadata"]
+    stage.started, stage.finished, stage.run = metadata["startedOn"], metadata["finishedOn"], metadata["invocationId"]
+
+
+def _records(descriptors: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, FileRecord]]:
+    for each in descriptors:
+        digest = each["digest"]
+        yield each["name"], FileRecord(each["annotations"]["size"], digest["sha256"], digest["md5"])
+
+
+def differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The dotted names of values that are not equal, as deep as both have them."""
+    found = []
+    for key in sorted({*one, *other}, key=str):
+        name, a, b = f"{prefix}{key}", one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found += differing(a, b, f"{name}.")
+        elif a != b or (key in one) != (key in other):
+            found.append(name)
+    return found
+
+
+def profile_of(stage: str) -> str:
+    """heads@scenes-vit-scenes is of profile scenes: profiles' names have no dash."""
+    return stage.partition("@")[2].partition("-")[0]
+
+
+def locked_versions(path: Path) -> dict[str, set[str]]:
+    """The versions of each package that a lock file allows: some differ by platform."""
+    found: dict[str, set[str]] = {}
+    for name, version in re.findall(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)", path.read_text(), re.MULTILINE):
+        found.setdefault(name.lower().replace("_", "-"), set()).add(version)
+    return found
+
+
+def _at(document: Any, dotted: str) -> Any:
+    for part in dotted.split("."):
+        if not isinstance(document, Mapping) or part not in document:
+            return None
+        document = document[part]
+    return document
+
+
+def _in_dvc_cache(path: Path) -> bool:
+    *_, kind, algorithm, start, rest = ("", "", "", "", *path.parts)
+    return (kind, algorithm) == ("files", "md5") and bool(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{30}", f"{start}/{rest}"))
+
+
+def _has_commit(root: Path, commit: str) -> bool | None:
+    """Whether HEAD descends from it; None where git cannot say."""
+    if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
+        return False
+    try:
+        ended = subprocess.run(
+            ["git", "-C", str(root), "merge-base", "--is-ancestor", commit, "HEAD"], capture_output=True
+        )
+    except OSError:
+        return None
+    return ended.returncode == 0
+
+
+def _verb(role: str) -> str:
+    return "wrote" if role == "output" else "read"

@@ -1,0 +1,115 @@
+"""What differs between two runs: data, code, params, environment, seeds, device, in that order."""
+
+import subprocess
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tve_pipeline.lineage.audit import GENERATED, StageEvidence, differing, read_evidence
+from tve_pipeline.lineage.evidence import FOLDER
+from tve_pipeline.lineage.files import FileRecord
+
+KINDS = ("data", "code", "params", "environment", "seed", "device", "result")
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    kind: str
+    stage: str
+    name: str
+    one: str
+    other: str
+
+
+def runs(root: Path, named: str) -> dict[str, StageEvidence]:
+    """The runs behind a name, by stage: an evidence file, a folder of them, a revision of git or an experiment of DVC.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    path = Path(named)
+    if path.is_file():
+        return _by_stage([path.read_bytes()])
+    if path.is_dir():
+        return _by_stage(file.read_bytes() for file in sorted(path.rglob("*.json")))
+    named = _experiment(root, named) or named
+    listing = _git(root, "ls-tree", "-r", "-z", "--name-only", "--end-of-options", named, "--", FOLDER)
+    if listing is None:
+        raise ValueError(
+            f"{named}: expected an evidence file, a folder of them, a git revision or a DVC experiment, got none"
+        )
+    files = [name for name in listing.decode().split("\0") if name.endswith(".json")]
+    if not files:
+        raise ValueError(f"{named}: expected a revision with evidence in {FOLDER}/, got one without")
+    return _by_stage(text for name in files if (text := _git(root, "show", f"{named}:{name}")) is not None)
+
+
+def difference(one: Mapping[str, StageEvidence], other: Mapping[str, StageEvidence]) -> list[Difference]:
+    """What differs, the most important first; of two single runs also where their stages are not the same."""
+    if len(one) == len(other) == 1:
+        pairs = [(next(iter(one.values())), next(iter(other.values())))]
+    else:
+        pairs = [(one[name], other[name]) for name in one if name in other]
+    found = [each for a, b in pairs for each in _between(a, b)]
+    found += [
+        Difference("result", name, "stage", "ran", "did not run") for name in one if len(one) > 1 and name not in other
+    ]
+    found += [
+        Difference("result", name, "stage", "did not run", "ran")
+        for name in other
+        if len(other) > 1 and name not in one
+    ]
+    return sorted(found, key=lambda each: KINDS.index(each.kind))
+
+
+def _between(a: StageEvidence, b: StageEvidence) -> Iterator[Difference]:
+    def generated(files: Mapping[str, FileRecord], wanted: bool) -> dict[str, str]:
+        return {name: each.sha256[:12] for name, each in files.items() if (name.split("/")[0] in GENERATED) == wanted}
+
+    compared = (
+        ("data", generated(a.read, True) | dict(a.sources), generated(b.read, True) | dict(b.sources)),
+        (
+            "code",
+            generated(a.read, False) | {"commit": a.commit[:12]},
+            generated(b.read, False) | {"commit": b.commit[:12]},
+        ),
+        ("params", a.params, b.params),
+        ("environment", a.environment, b.environment),
+        ("seed", a.seeds, b.seeds),
+        ("device", a.machine, b.machine),
+        ("result", generated(a.made, True), generated(b.made, True)),
+    )
+    for kind, one, other in compared:
+        for name in differing(one, other):
+            if kind == "params" and name.rpartition(".")[2] == "seed":
+                continue  # said as a seed
+            yield Difference(kind, a.name, name, _value(one, name), _value(other, name))
+
+
+def _value(values: Mapping[str, object], dotted: str) -> str:
+    """What a dotted name stands for: keys may hold dots themselves."""
+    if dotted in values:
+        return str(values[dotted])
+    for key, value in values.items():
+        if dotted.startswith(f"{key}.") and isinstance(value, Mapping):
+            return _value(value, dotted.removeprefix(f"{key}."))
+    return "-"
+
+
+def _experiment(root: Path, named: str) -> str:
+    """The reference of the newest experiment of this name, "" where there is none."""
+    listing = _git(root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps") or b""
+    return next((ref for ref in listing.decode().splitlines() if ref.rpartition("/")[2] == named), "")
+
+
+def _by_stage(texts: object) -> dict[str, StageEvidence]:
+    found = {}
+    for text in texts:  # type: ignore[attr-defined]
+        stage = read_evidence(text)
+        found[stage.name] = stage
+    return found
+
+
+def _git(root: Path, *arguments: str) -> bytes | None:
+    ended = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
+    return ended.stdout if ended.returncode == 0 else None
