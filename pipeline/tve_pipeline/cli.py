@@ -3,6 +3,7 @@
     tve audit [ARTIFACT ...]        recompute every hash, back to the source pictures
     tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
     tve lineage diff A B            what differs between two runs
+    tve verify FOLDER               an export by the signed list of files in it, wherever it was copied
     tve keys [trust]                who signs here, and whom this repository trusts
 
 Exit codes of `audit`: 0 all holds; 1 something broke; 2 wrong usage; 3 nothing broke, but not all is proven (absent,
@@ -20,6 +21,7 @@ from pathlib import Path
 from tve_pipeline.lineage import audit as auditing
 from tve_pipeline.lineage import diff as differences
 from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
+from tve_pipeline.lineage.manifest import verify_folder
 
 SHOWN = 40  # findings that a terminal gets; --json has all
 
@@ -116,6 +118,16 @@ def diff(asked: argparse.Namespace) -> int:
     return 0
 
 
+def verify(asked: argparse.Namespace) -> int:
+    signer = own_signer(make=False)
+    found = verify_folder(asked.folder, trusted_keys(asked.root), signer.public_key if signer else None)
+    print(*found.problems, sep="\n", end="\n" if found.problems else "")
+    proven = found.opened.standing in ("trusted", "own")
+    verdict = "BROKEN" if found.problems else "OK" if proven else "UNPROVEN"
+    print(f"{verdict}: {found.num_files} files, {found.opened.standing} {found.opened.key}".rstrip())
+    return auditing.EXIT_CODES[verdict]
+
+
 def keys(asked: argparse.Namespace) -> int:
     if asked.action == "trust":
         print(f"{trust_own_key(asked.root)}: commit it, and this repository trusts what you sign")
@@ -136,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="tve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--root", type=Path, default=Path("."), help="of the repository")
-    commands = parser.add_subparsers(required=True, metavar="audit | lineage | keys")
+    commands = parser.add_subparsers(required=True, metavar="audit | lineage | verify | keys")
     each = commands.add_parser("audit", help="recompute every hash, back to the source pictures")
     each.add_argument("artifacts", nargs="*", metavar="ARTIFACT", help="files or folders; none: all of the profile")
     each.add_argument("--profile", help="whose stages; by default that of params.yaml")
@@ -154,6 +166,9 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("other", metavar="B")
     each.add_argument("--json", action="store_true")
     each.set_defaults(run=diff)
+    each = commands.add_parser("verify", help="an export by the signed list of files in it")
+    each.add_argument("folder", type=Path, metavar="FOLDER")
+    each.set_defaults(run=verify)
     each = commands.add_parser("keys", help="who signs here, and whom this repository trusts")
     each.add_argument("action", nargs="?", choices=["trust"], help="write the own public key into keys/")
     each.set_defaults(run=keys)

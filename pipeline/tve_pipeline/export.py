@@ -1,4 +1,4 @@
-"""Stage `export`: one folder per backbone that holds its explainer whole, with a model card.
+"""Stage `export`: one folder per backbone that holds its explainer whole, with a model card and a signed list of files.
 
 python -m tve_pipeline.export BACKBONE
 """
@@ -10,9 +10,11 @@ from safetensors.torch import load_file
 
 from tve.backbones import open_backbone
 from tve.explainer import Explainer, ExplainerConfig
-from tve.export import load_explainer, save_explainer
+from tve.export import CONFIG_FILE, load_explainer, save_explainer
 from tve.two_networks import TwoNetworksConfig
 from tve_pipeline.entry import run_stage
+from tve_pipeline.lineage.keys import own_signer
+from tve_pipeline.lineage.manifest import sign_folder
 from tve_pipeline.outputs import whole_folder
 from tve_pipeline.params import RunParams, active_profile, load_section
 
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> None:
     with whole_folder(Path("models", profile, "export", name)) as folder:
         save_explainer(explainer, folder, facts)
         load_explainer(folder)  # an export that does not open is not published
+        sign_folder(folder, json.loads((folder / CONFIG_FILE).read_text()), own_signer())
 
 
 if __name__ == "__main__":

@@ -72,7 +72,6 @@ def write_project(root: Path) -> None:
             f"    params: [{'draw' if name == 'draw' else 'train'}]",
         ]
         lines += [f"    deps: [{', '.join([f'mini/{name}.py', *DEPS[name]])}]", "    outs:", f"      - {OUTS[name]}"]
-        lines += [f"      - evidence/mini/{name}.json: {{cache: false}}"]
     (root / "dvc.yaml").write_text("\n".join(lines) + "\n")
     (root / "params.yaml").write_text("profile: mini\ndraw: {seed: 7}\ntrain: {steps: 3, seed: 1}\n")
     shutil.copy(ROOT / "requirements.lock", root / "requirements.lock")

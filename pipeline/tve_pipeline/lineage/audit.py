@@ -1,7 +1,7 @@
 """The audit: every hash recomputed from bytes, every claim held against evidence, from a file back to its pictures.
 
-What is compared, for each stage that an artifact rests on: the evidence file with dvc.lock; its signature with the keys
-that the repository trusts; command, parameters and md5 in dvc.lock with the evidence; parameters with the profile;
+What is compared, for each stage that an artifact rests on: the signature of its evidence with the keys that the
+repository trusts; command, parameters and md5 in dvc.lock with the evidence; parameters with the profile;
 inputs and outputs on the disk with the evidence, by sha256; folders with their lists; the packages with the lock file;
 the commit with the history; what a stage read with what the stage before it says that it wrote.
 
@@ -18,7 +18,14 @@ from typing import Any, Literal
 
 import yaml
 
-from tve_pipeline.lineage.evidence import BUILD_TYPE, FOLDER, LOCK_FILE, PREDICATE_TYPE, STATEMENT_TYPE
+from tve_pipeline.lineage.evidence import (
+    BUILD_TYPE,
+    LOCK_FILE,
+    PREDICATE_TYPE,
+    STATEMENT_TYPE,
+    evidence_path,
+    lock_key,
+)
 from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records
 from tve_pipeline.lineage.keys import SHORT, Standing, own_signer, trusted_keys, unseal
 
@@ -45,7 +52,7 @@ class StageEvidence:
 
     name: str
     locked: Mapping[str, Any]
-    evidence: str  # its path; "" where dvc.lock names none
+    evidence: str  # where the evidence of the run that dvc.lock tells of lies, or else of another run
     standing: Standing | Literal["missing"] = "missing"
     key: str = ""
     command: str = ""
@@ -121,17 +128,16 @@ def load_lock(root: Path) -> dict[str, Mapping[str, Any]]:
         raise ValueError(
             f"{path}: expected the lock of a DVC project, got no such file; run `dvc repro`, or name the root"
         )
-    document = load_yaml(path)
+    document = load_yaml(path.read_bytes())
     return dict((document or {}).get("stages") or {})
 
 
-def load_yaml(path: Path) -> Any:
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return yaml.load(path.read_bytes(), Loader=loader)
+def load_yaml(text: bytes) -> Any:
+    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
 
 
 def active_profile(root: Path) -> str:
-    params = load_yaml(root / "params.yaml") if (root / "params.yaml").is_file() else {}
+    params = load_yaml((root / "params.yaml").read_bytes()) if (root / "params.yaml").is_file() else {}
     return str((params or {}).get("profile", ""))
 
 
@@ -152,10 +158,7 @@ def in_order(locked: Mapping[str, Mapping[str, Any]]) -> list[StageEvidence]:
         for name in ready or list(remaining):  # a lock with a circle was edited; what it says is compared all the same
             done.append(name)
             del remaining[name]
-    return [
-        StageEvidence(name, locked[name], next((p for p in producers[name] if p.split("/")[0] == FOLDER), ""))
-        for name in done
-    ]
+    return [StageEvidence(n, locked[n], evidence_path(n, lock_key(locked[n])).as_posix()) for n in done]
 
 
 def paths(entry: Mapping[str, Any], kind: str) -> list[str]:
@@ -206,6 +209,7 @@ class _Auditor:
         self.trusted = trusted_keys(root)
         signer = own_signer(make=False)
         self.own = signer.public_key if signer else None
+        self.has_evidence = any((root / stage.evidence).is_file() for stage in stages)
 
     def run(self) -> None:
         for stage in self.stages:
@@ -228,24 +232,21 @@ class _Auditor:
             self.findings.append(finding)
 
     def _open(self, stage: StageEvidence) -> None:
-        """Reads a stage's evidence, and judges its signature and its place in dvc.lock."""
-        if not stage.evidence:
-            self.say("unproven", "evidence", stage, "", "dvc.lock lists no evidence of this stage; run it again")
-            return
+        """Reads a stage's evidence, and judges its signature."""
         path = self.root / stage.evidence
-        if not path.is_file() or path.is_symlink():
-            what = "is a link" if path.is_symlink() else "is gone"
-            self.say("broken", "evidence", stage, stage.evidence, f"the evidence that dvc.lock lists {what}")
+        if path.is_symlink():
+            self.say("broken", "link", stage, stage.evidence, f"{stage.evidence} is a link")
             return
-        pinned = next(str(out.get("md5", "")) for out in stage.locked["outs"] if out["path"] == stage.evidence)
-        if records([path], md5=True)[path.as_posix()].md5 != pinned:
-            self.say(
-                "broken",
-                "evidence",
-                stage,
-                stage.evidence,
-                "the evidence is not the one that dvc.lock was written with",
-            )
+        if not path.is_file():
+            if (other := newest_evidence(self.root, stage.name)) is None:
+                severity: Severity = "broken" if self.has_evidence else "unproven"
+                message = "there is no evidence of this stage: it was deleted, or the stage never ran with it"
+                self.say(severity, "evidence", stage, stage.evidence, message)
+                return
+            message = f"no evidence is of the run that dvc.lock tells of; compared with the newest, {other.name}"
+            self.say("broken", "evidence", stage, stage.evidence, message)
+            path = other
+            stage.evidence = other.relative_to(self.root).as_posix()
         try:
             opened = unseal(path.read_bytes(), self.trusted, self.own)
             _read_statement(stage, opened.statement)
@@ -308,7 +309,7 @@ class _Auditor:
         )
         if not (self.root / file).is_file():
             return
-        document = load_yaml(self.root / file)
+        document = load_yaml((self.root / file).read_bytes())
         for key, value in stage.params.items():
             for changed in differing({key: value}, {key: _at(document, key)}):
                 self.say("broken", "params", stage, file, f"{changed} in {file} is not what the stage ran with")
@@ -414,6 +415,17 @@ class _Auditor:
                     "",
                     f"ran on commit {stage.commit[:SHORT]} with changes; the evidence holds them",
                 )
+
+
+def newest_evidence(root: Path, stage: str) -> Path | None:
+    """The evidence of a stage's latest run, whoever signed it; None where there is none that can be read."""
+    found = []
+    for path in sorted((root / evidence_path(stage, "")).parent.glob("*.json")):
+        try:
+            found.append((read_evidence(path.read_bytes()).finished, path))
+        except ValueError:
+            continue
+    return max(found)[1] if found else None
 
 
 def read_evidence(text: bytes) -> StageEvidence:

@@ -5,8 +5,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tve_pipeline.lineage.audit import GENERATED, StageEvidence, differing, read_evidence
-from tve_pipeline.lineage.evidence import FOLDER
+from tve_pipeline.lineage.audit import DVC_LOCK, GENERATED, StageEvidence, differing, load_yaml, read_evidence
+from tve_pipeline.lineage.evidence import FOLDER, evidence_path, lock_key
 from tve_pipeline.lineage.files import FileRecord
 
 KINDS = ("data", "code", "params", "environment", "seed", "device", "result")
@@ -22,26 +22,25 @@ class Difference:
 
 
 def runs(root: Path, named: str) -> dict[str, StageEvidence]:
-    """The runs behind a name, by stage: an evidence file, a folder of them, a revision of git or an experiment of DVC.
+    """The runs behind a name, by stage: an evidence file, a revision of git or an experiment of DVC.
+
+    Of a revision it is the runs that its dvc.lock tells of, by the evidence that lies in the working tree.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is none of these, or there is no evidence of any of its runs.
     """
-    path = Path(named)
-    if path.is_file():
-        return _by_stage([path.read_bytes()])
-    if path.is_dir():
-        return _by_stage(file.read_bytes() for file in sorted(path.rglob("*.json")))
-    named = _experiment(root, named) or named
-    listing = _git(root, "ls-tree", "-r", "-z", "--name-only", "--end-of-options", named, "--", FOLDER)
-    if listing is None:
-        raise ValueError(
-            f"{named}: expected an evidence file, a folder of them, a git revision or a DVC experiment, got none"
-        )
-    files = [name for name in listing.decode().split("\0") if name.endswith(".json")]
-    if not files:
-        raise ValueError(f"{named}: expected a revision with evidence in {FOLDER}/, got one without")
-    return _by_stage(text for name in files if (text := _git(root, "show", f"{named}:{name}")) is not None)
+    if Path(named).is_file():
+        stage = read_evidence(Path(named).read_bytes())
+        return {stage.name: stage}
+    lock = _git(root, "show", "--end-of-options", f"{_experiment(root, named) or named}:{DVC_LOCK}")
+    if lock is None:
+        raise ValueError(f"{named}: expected an evidence file, a git revision or a DVC experiment, got none of these")
+    entries = ((load_yaml(lock) or {}).get("stages") or {}).items()
+    files = {name: root / evidence_path(name, lock_key(entry)) for name, entry in entries}
+    found = {name: read_evidence(file.read_bytes()) for name, file in files.items() if file.is_file()}
+    if not found:
+        raise ValueError(f"{named}: expected evidence of its runs in {FOLDER}/, got none; `git pull` or run them again")
+    return found
 
 
 def difference(one: Mapping[str, StageEvidence], other: Mapping[str, StageEvidence]) -> list[Difference]:
@@ -100,14 +99,6 @@ def _experiment(root: Path, named: str) -> str:
     """The reference of the newest experiment of this name, "" where there is none."""
     listing = _git(root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps") or b""
     return next((ref for ref in listing.decode().splitlines() if ref.rpartition("/")[2] == named), "")
-
-
-def _by_stage(texts: object) -> dict[str, StageEvidence]:
-    found = {}
-    for text in texts:  # type: ignore[attr-defined]
-        stage = read_evidence(text)
-        found[stage.name] = stage
-    return found
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:

@@ -1,15 +1,18 @@
 """The evidence that a stage leaves: what went in, what came out, and with what it was made, signed.
 
 An in-toto statement (https://in-toto.io/Statement/v1) with a SLSA provenance predicate (https://slsa.dev/provenance/v1)
-in a DSSE envelope: an output of the stage in dvc.yaml under `evidence/`, which DVC pins and git holds. It is written in
-the process that does the work, around the work: inputs are hashed before it and must be unchanged after it.
+in a DSSE envelope, which git holds: `evidence/STAGE/KEY.json`, where the key is a digest of what dvc.lock says of the
+run. So evidence of earlier runs stays, whose outputs DVC's run cache, another branch or an experiment brings back. It
+is written in the process that does the work, around it: inputs are hashed before and must be unchanged after.
 """
 
 import base64
 import contextlib
 import hashlib
+import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import uuid
@@ -20,7 +23,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
-from tve_pipeline.lineage.files import FileRecord, listed, records, state_of
+from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records, state_of
 from tve_pipeline.lineage.keys import own_signer, seal
 
 FOLDER = "evidence"
@@ -30,6 +33,7 @@ BUILD_TYPE = "urn:tve:dvc-stage:1"
 BUILDER = "urn:tve:pipeline"
 LOCK_FILE = "requirements.lock"
 FLOW_RUN = "TVE_FLOW_RUN"
+KEY_DIGITS = 16
 WHOLE_DIFF_BYTES = 2**18  # a longer diff is named by its hash alone
 # What a run itself writes is no change of the code that it ran.
 NOT_IN_DIFF = (f":(exclude){FOLDER}", ":(exclude)dvc.lock")
@@ -44,7 +48,6 @@ class StagePlan:
     params: Mapping[str, Any]
     inputs: Sequence[str]
     outputs: Sequence[str]
-    evidence: str
 
 
 @contextlib.contextmanager
@@ -65,7 +68,8 @@ def leaving_evidence() -> Iterator[None]:
     _require_unchanged(plan, inputs)
     outputs = records([file for path in plan.outputs for file in listed(Path(path))], md5=True)
     statement = statement_of(plan, inputs, outputs, start, datetime.now(UTC))
-    path = Path(plan.evidence)
+    # An experiment of DVC's may run in a copy of the repository that is thrown away; DVC_ROOT is the repository's own.
+    path = Path(os.environ.get("DVC_ROOT", "."), evidence_path(plan.name, run_key(plan, inputs, outputs)))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.partial")
     unfinished.write_text(seal(statement, signer))
@@ -88,10 +92,6 @@ def stage_of_this_process() -> StagePlan | None:
         for stage in stages:
             if stage.cmd != command and not name:
                 continue
-            outputs = [out.def_path for out in stage.outs]
-            evidence = [path for path in outputs if path.split("/")[0] == FOLDER]
-            if not evidence:
-                return None
             params: dict[str, Any] = {}
             for dependency in stage.deps:
                 if isinstance(dependency, ParamsDependency):
@@ -101,10 +101,41 @@ def stage_of_this_process() -> StagePlan | None:
                 command=str(stage.cmd),
                 params=params,
                 inputs=[each.def_path for each in stage.deps if not isinstance(each, ParamsDependency)],
-                outputs=[path for path in outputs if path not in evidence],
-                evidence=evidence[0],
+                outputs=[out.def_path for out in stage.outs],
             )
     return None
+
+
+def evidence_path(stage: str, key: str) -> Path:
+    """Where evidence of a run of a stage lies, in the repository."""
+    return Path(FOLDER, re.sub(r"[/:]", "_", stage), f"{key}.json")
+
+
+def run_key(plan: StagePlan, inputs: Mapping[str, FileRecord], outputs: Mapping[str, FileRecord]) -> str:
+    """`lock_key` of the entry that DVC is about to write."""
+
+    def entries(paths: Sequence[str], known: Mapping[str, FileRecord]) -> list[dict[str, str | None]]:
+        md5_of = {path: each.md5 for path, each in known.items()}
+        return [{"path": path, "md5": dvc_md5(path, md5_of)} for path in paths]
+
+    return lock_key(
+        {
+            "cmd": plan.command,
+            "params": {"": plan.params},
+            "deps": entries(plan.inputs, inputs),
+            "outs": entries(plan.outputs, outputs),
+        }
+    )
+
+
+def lock_key(entry: Mapping[str, Any]) -> str:
+    """A digest of what an entry of dvc.lock says: command, parameters, inputs and outputs by md5."""
+    params = {name: value for file in (entry.get("params") or {}).values() for name, value in file.items()}
+    document = {"cmd": entry.get("cmd"), "params": params} | {
+        kind: sorted((str(each["path"]), str(each.get("md5"))) for each in entry.get(kind) or ())
+        for kind in ("deps", "outs")
+    }
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
 
 
 def own_command() -> str:

@@ -8,7 +8,6 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
 from tve_pipeline.lineage.audit import GENERATED, Report, StageEvidence, overlap, paths
-from tve_pipeline.lineage.evidence import FOLDER
 from tve_pipeline.lineage.files import FileRecord
 
 COLUMN, ROW, WIDTH, HEIGHT = 250, 34, 200, 24  # of the graph, px
@@ -106,7 +105,7 @@ def _layout(before: Mapping[str, Sequence[str]]) -> tuple[list[Box], list[Line],
 
 def _entry(path: str, known: Mapping[str, FileRecord], made: Mapping[str, str]) -> Entry:
     files = [(name, each) for name, each in known.items() if overlap(name, path)]
-    maker = next((name for out, name in made.items() if overlap(out, path) and out.split("/")[0] != FOLDER), "")
+    maker = next((name for out, name in made.items() if overlap(out, path)), "")
     total = sum(each.size for _, each in files)
     return Entry(path, maker, files[:FILES_SHOWN], max(0, len(files) - FILES_SHOWN), total)
 
