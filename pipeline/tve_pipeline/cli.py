@@ -3,6 +3,7 @@
     tve audit [ARTIFACT ...]        recompute every hash, back to the source pictures
     tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
     tve lineage diff A B            what differs between two runs
+    tve lineage crate               the runs as a Workflow Run RO-Crate, for platforms
     tve verify FOLDER               an export by the signed list of files in it, wherever it was copied
     tve keys [trust]                who signs here, and whom this repository trusts
 
@@ -20,6 +21,8 @@ from pathlib import Path
 
 from tve_pipeline.lineage import audit as auditing
 from tve_pipeline.lineage import diff as differences
+from tve_pipeline.lineage.crate import METADATA_FILE
+from tve_pipeline.lineage.crate import crate as run_crate
 from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
 from tve_pipeline.lineage.manifest import verify_folder
 
@@ -107,6 +110,14 @@ def show(asked: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def crate(asked: argparse.Namespace) -> int:
+    report = auditing.audit(asked.root, asked.artifacts, profile=asked.profile)
+    title = f"TVE, {asked.profile or auditing.active_profile(asked.root)}"
+    asked.output.write_text(json.dumps(run_crate(report, title), indent=2) + "\n")
+    print(f"{asked.output}: {report.verdict}")
+    return report.exit_code
+
+
 def diff(asked: argparse.Namespace) -> int:
     found = differences.difference(differences.runs(asked.root, asked.one), differences.runs(asked.root, asked.other))
     if asked.json:
@@ -161,6 +172,11 @@ def _parser() -> argparse.ArgumentParser:
     each = lineage.add_parser("show", help="the stages behind an artifact")
     each.add_argument("artifact", metavar="ARTIFACT")
     each.set_defaults(run=show)
+    each = lineage.add_parser("crate", help="the runs as a Workflow Run RO-Crate")
+    each.add_argument("artifacts", nargs="*", metavar="ARTIFACT", help="files or folders; none: all of the profile")
+    each.add_argument("--profile", help="whose stages; by default that of params.yaml")
+    each.add_argument("--output", type=Path, default=Path(METADATA_FILE), metavar="FILE")
+    each.set_defaults(run=crate)
     each = lineage.add_parser("diff", help="what differs between two runs")
     each.add_argument("one", metavar="A", help="an evidence file, a folder of them, or a git revision")
     each.add_argument("other", metavar="B")

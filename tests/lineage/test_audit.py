@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import yaml
 
 from tests.lineage.conftest import commit, run
 from tve_pipeline.lineage.audit import Report, audit, load_lock
+from tve_pipeline.lineage.crate import crate
 from tve_pipeline.lineage.files import records
 from tve_pipeline.lineage.keys import own_signer, seal, unseal
 from tve_pipeline.lineage.page import page
@@ -327,3 +328,22 @@ def test_a_stage_from_dvcs_run_cache_has_the_evidence_of_that_run(project: Path)
     report = audit(project)
     assert report.findings == []
     assert project / report.stages[1].evidence == first
+
+
+def test_the_crate_describes_every_run_and_names_nothing_that_is_not_in_it(project: Path) -> None:
+    document = crate(audit(project), "mini")
+    by_id = {each["@id"]: each for each in document["@graph"]}
+    assert len(by_id) == len(document["@graph"])
+
+    def references(value: object) -> Iterator[str]:
+        if isinstance(value, dict):
+            yield from (str(each) for key, each in value.items() if key == "@id" and len(value) == 1)
+            yield from (name for each in value.values() for name in references(each))
+        elif isinstance(value, list):
+            yield from (name for each in value for name in references(each))
+
+    outside = {"http://schema.org/CompletedActionStatus", "https://dvc.org", "https://w3id.org/ro/crate/1.1"}
+    assert set(references(document["@graph"])) - outside <= set(by_id)
+    for stage, made in (("draw", f"{SHARDS}/0.tar"), ("train", MODEL), ("score", METRIC)):
+        assert {"@id": made} in by_id[f"#run-{stage}"]["result"]
+    assert by_id[MODEL]["sha256"] == records([project / MODEL], md5=False)[str(project / MODEL)].sha256
