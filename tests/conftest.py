@@ -18,6 +18,8 @@ MISSING = [
     name for name in ("captum", "dvc", "prefect", "pydantic", "sklearn", "webdataset") if find_spec(name) is None
 ]
 NEED_THE_PIPELINE = [
+    "flows",
+    "lineage",
     "architecture/test_profiles_share_one_graph.py",
     "architecture/test_stage_dependencies.py",
     "baselines",

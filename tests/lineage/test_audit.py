@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.lineage.conftest import commit, run
+from tests.mini_project import commit, run
 from tve_pipeline.lineage.audit import Report, audit, load_lock
 from tve_pipeline.lineage.crate import crate
 from tve_pipeline.lineage.files import records
