@@ -5,6 +5,7 @@ says at the end which files were left out.
 """
 
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import pytest
@@ -40,6 +41,15 @@ NEED_THE_PIPELINE = [
     "test_sources.py",
 ]
 collect_ignore = NEED_THE_PIPELINE if MISSING else []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_settings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test makes a signing key among the user's settings, or signs with one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("settings")))
+        patch.delenv("TVE_SIGNING_KEY", raising=False)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
