@@ -24,6 +24,7 @@ from tve_pipeline.lineage import diff as differences
 from tve_pipeline.lineage.crate import METADATA_FILE
 from tve_pipeline.lineage.crate import crate as run_crate
 from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
+from tve_pipeline.lineage.lock import active_profile
 from tve_pipeline.lineage.manifest import verify_folder
 
 SHOWN = 40  # findings that a terminal gets; --json has all
@@ -112,7 +113,7 @@ def show(asked: argparse.Namespace) -> int:
 
 def crate(asked: argparse.Namespace) -> int:
     report = auditing.audit(asked.root, asked.artifacts, profile=asked.profile)
-    title = f"TVE, {asked.profile or auditing.active_profile(asked.root)}"
+    title = f"TVE, {asked.profile or active_profile(asked.root)}"
     asked.output.write_text(json.dumps(run_crate(report, title), indent=2) + "\n")
     print(f"{asked.output}: {report.verdict}")
     return report.exit_code
@@ -178,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     each.add_argument("--output", type=Path, default=Path(METADATA_FILE), metavar="FILE")
     each.set_defaults(run=crate)
     each = lineage.add_parser("diff", help="what differs between two runs")
-    each.add_argument("one", metavar="A", help="an evidence file, a folder of them, or a git revision")
+    each.add_argument("one", metavar="A", help="an evidence file, a git revision or a DVC experiment")
     each.add_argument("other", metavar="B")
     each.add_argument("--json", action="store_true")
     each.set_defaults(run=diff)

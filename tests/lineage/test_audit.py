@@ -13,10 +13,11 @@ import pytest
 import yaml
 
 from tests.mini_project import commit, run
-from tve_pipeline.lineage.audit import Report, audit, load_lock
+from tve_pipeline.lineage.audit import Report, audit
 from tve_pipeline.lineage.crate import crate
 from tve_pipeline.lineage.files import records
 from tve_pipeline.lineage.keys import own_signer, seal, unseal
+from tve_pipeline.lineage.lock import load_lock
 from tve_pipeline.lineage.page import page
 
 STAGES = ("draw", "train", "export", "score")
@@ -265,7 +266,7 @@ def _importance(kind: str) -> int:
     return KINDS.index(kind)
 
 
-def test_the_private_key_is_0600_and_in_no_commit(project: Path) -> None:
+def test_the_private_key_is_0600_and_in_no_commit(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     key = Path(os.environ["XDG_CONFIG_HOME"]) / "tve" / "signing_key.pem"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     tracked = run("git", "grep", "-l", "PRIVATE KEY", cwd=project, check=False).stdout
@@ -273,10 +274,9 @@ def test_the_private_key_is_0600_and_in_no_commit(project: Path) -> None:
     key_copy = project.parent / "open.pem"
     shutil.copy(key, key_copy)
     key_copy.chmod(0o644)
-    os.environ["TVE_SIGNING_KEY"] = str(key_copy)
+    monkeypatch.setenv("TVE_SIGNING_KEY", str(key_copy))
     with pytest.raises(ValueError, match="expected a private key with mode 0600, got 0644"):
         own_signer()
-    del os.environ["TVE_SIGNING_KEY"]
 
 
 def test_the_command_says_what_broke_and_with_which_code(project: Path) -> None:

@@ -1,14 +1,13 @@
 """`dvc repro` as a flow: a task for each stage that is stale, its log, progress and results in the UI.
 
-The graph is DVC's; stages that are up to date are not run, and not asked about one by one. Stages that do not need each
-other may run side by side. What is transient (a process that was killed, a lock that another holds) is tried again;
-a mistake in the parameters, a full disk or an error is not.
+The graph is DVC's; stages that are up to date are not run, and not asked about one by one. What is transient (a
+process that was killed, a lock that another holds) is tried again; a mistake in the parameters, a full disk or an error
+is not.
 """
 
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from graphlib import TopologicalSorter
@@ -26,6 +25,8 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from tve_pipeline.flows.processes import TRANSIENT, End, Groups
 from tve_pipeline.lineage.evidence import FLOW_RUN
+from tve_pipeline.lineage.git import git
+from tve_pipeline.lineage.lock import load_lock
 
 RETRIES, RETRY_DELAY_S = 2, 5
 LEAST_FREE_BYTES = 2 * 10**9
@@ -181,10 +182,11 @@ def require_space() -> None:
 
 def plan_text(order: Sequence[str], num_wanted: int) -> str:
     """What will run, from which commit, with which changes, on what."""
-    commit, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain")
+    commit = (git("rev-parse", "HEAD") or b"unknown").decode().strip()
+    changes = ", with changes that the evidence holds" if git("status", "--porcelain") else ""
     lines = [
         f"{len(order)} of {num_wanted} stages are stale.",
-        f"Commit `{commit.strip() or 'unknown'}`{', with changes that the evidence holds' if changes.strip() else ''}.",
+        f"Commit `{commit}`{changes}.",
         f"{os.cpu_count()} cores, {shutil.disk_usage('.').free / 1e9:.0f} GB free.",
         "",
         *(f"{number}. `{name}`" for number, name in enumerate(order, 1)),
@@ -206,8 +208,6 @@ def outcome_text(before: Mapping[str, Any]) -> str:
 
 
 def stages_of_lock() -> dict[str, Any]:
-    from tve_pipeline.lineage.audit import load_lock
-
     return dict(load_lock(Path("."))) if Path("dvc.lock").is_file() else {}
 
 
@@ -228,8 +228,3 @@ def push_where_there_is_a_remote() -> None:
 def artifact_key(stage: str) -> str:
     """Prefect's keys are of lower-case letters, digits and dashes."""
     return re.sub(r"[^a-z0-9]+", "-", stage.lower()).strip("-")
-
-
-def _git(*arguments: str) -> str:
-    ended = subprocess.run(["git", *arguments], capture_output=True, text=True)
-    return ended.stdout if ended.returncode == 0 else ""

@@ -10,26 +10,30 @@ Imports neither torch nor DVC, and needs no network.
 
 import os
 import re
-import subprocess
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
-from tve_pipeline.lineage.evidence import (
-    BUILD_TYPE,
-    LOCK_FILE,
-    PREDICATE_TYPE,
-    STATEMENT_TYPE,
-    evidence_path,
-    lock_key,
-)
+from tve_pipeline.lineage.evidence import LOCK_FILE, evidence_path
 from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records
-from tve_pipeline.lineage.keys import SHORT, Standing, own_signer, trusted_keys, unseal
+from tve_pipeline.lineage.git import git
+from tve_pipeline.lineage.keys import SHORT, own_signer, trusted_keys, unseal
+from tve_pipeline.lineage.lock import (
+    DVC_LOCK,
+    active_profile,
+    behind,
+    in_order,
+    load_lock,
+    load_yaml,
+    lock_key,
+    of_profile,
+    overlap,
+    paths,
+    profile_of,
+)
+from tve_pipeline.lineage.statements import StageEvidence, fill, newest_evidence
 
-DVC_LOCK = "dvc.lock"
 Severity = Literal["broken", "unproven", "note"]
 GENERATED = ("data", "models", "results")  # what stages make; all else that they read is source
 EXIT_CODES: Mapping[str, int] = {"OK": 0, "BROKEN": 1, "UNPROVEN": 3}
@@ -44,33 +48,6 @@ class Finding:
     stage: str
     path: str
     message: str
-
-
-@dataclass(slots=True)
-class StageEvidence:
-    """A stage in dvc.lock and what its evidence says."""
-
-    name: str
-    locked: Mapping[str, Any]
-    evidence: str  # where the evidence of the run that dvc.lock tells of lies, or else of another run
-    standing: Standing | Literal["missing"] = "missing"
-    key: str = ""
-    command: str = ""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    inputs: Sequence[str] = ()
-    outputs: Sequence[str] = ()
-    read: dict[str, FileRecord] = field(default_factory=dict)
-    made: dict[str, FileRecord] = field(default_factory=dict)
-    commit: str = ""
-    dirty: bool = False
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    seeds: Mapping[str, int] = field(default_factory=dict)
-    sources: Mapping[str, str] = field(default_factory=dict)
-    read_lock: str = ""  # sha256 of the lock file
-    started: str = ""
-    finished: str = ""
-    run: str = ""
 
 
 @dataclass(slots=True)
@@ -110,95 +87,14 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
         ValueError: no dvc.lock, or an artifact that no stage in it made.
     """
     locked = load_lock(root)
-    chosen = _of_profile(locked, profile or active_profile(root)) if not artifacts else _behind(locked, root, artifacts)
-    stages = in_order({name: locked[name] for name in chosen})
+    chosen = of_profile(locked, profile or active_profile(root)) if not artifacts else behind(locked, root, artifacts)
+    stages = [
+        StageEvidence(name, locked[name], evidence_path(name, lock_key(locked[name])).as_posix())
+        for name in in_order({name: locked[name] for name in chosen})
+    ]
     auditor = _Auditor(root, stages)
     auditor.run()
     return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
-
-
-def load_lock(root: Path) -> dict[str, Mapping[str, Any]]:
-    """Stages of dvc.lock by name.
-
-    Raises:
-        ValueError: there is none.
-    """
-    path = root / DVC_LOCK
-    if not path.is_file():
-        raise ValueError(
-            f"{path}: expected the lock of a DVC project, got no such file; run `dvc repro`, or name the root"
-        )
-    document = load_yaml(path.read_bytes())
-    return dict((document or {}).get("stages") or {})
-
-
-def load_yaml(text: bytes) -> Any:
-    return yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-
-
-def active_profile(root: Path) -> str:
-    params = load_yaml((root / "params.yaml").read_bytes()) if (root / "params.yaml").is_file() else {}
-    return str((params or {}).get("profile", ""))
-
-
-def in_order(locked: Mapping[str, Mapping[str, Any]]) -> list[StageEvidence]:
-    """Stages, each after those whose outputs it reads; names decide where nothing else does."""
-    remaining, done = dict(sorted(locked.items())), list[str]()
-    producers = {name: paths(entry, "outs") for name, entry in locked.items()}
-    while remaining:
-        ready = [
-            name
-            for name, entry in remaining.items()
-            if not any(
-                other != name and other not in done and any(overlap(path, out) for out in producers[other])
-                for path in paths(entry, "deps")
-                for other in remaining
-            )
-        ]
-        for name in ready or list(remaining):  # a lock with a circle was edited; what it says is compared all the same
-            done.append(name)
-            del remaining[name]
-    return [StageEvidence(n, locked[n], evidence_path(n, lock_key(locked[n])).as_posix()) for n in done]
-
-
-def paths(entry: Mapping[str, Any], kind: str) -> list[str]:
-    return [str(each["path"]) for each in entry.get(kind) or ()]
-
-
-def overlap(one: str, other: str) -> bool:
-    """Whether one path is the other, or lies below it."""
-    return one == other or one.startswith(other + "/") or other.startswith(one + "/")
-
-
-def _of_profile(locked: Mapping[str, Any], profile: str) -> list[str]:
-    mark = re.compile(rf"@{re.escape(profile)}(-|$)")
-    return [name for name in locked if not profile or "@" not in name or mark.search(name)]
-
-
-def _behind(locked: Mapping[str, Mapping[str, Any]], root: Path, artifacts: Sequence[str]) -> set[str]:
-    """The stages that made the artifacts, and those before them."""
-    found: set[str] = set()
-    asked = []
-    for artifact in artifacts:
-        absolute = Path(os.path.abspath(artifact))
-        relative = (
-            absolute.relative_to(root.resolve()).as_posix() if absolute.is_relative_to(root.resolve()) else artifact
-        )
-        makers = [name for name, entry in locked.items() if any(overlap(relative, out) for out in paths(entry, "outs"))]
-        if not makers:
-            raise ValueError(f"{artifact}: expected an output of a stage in {DVC_LOCK}, got something that none made")
-        asked += makers
-    while asked:
-        name = asked.pop()
-        if name not in found:
-            found.add(name)
-            asked += [
-                other
-                for other, entry in locked.items()
-                if other not in found
-                and any(overlap(dep, out) for dep in paths(locked[name], "deps") for out in paths(entry, "outs"))
-            ]
-    return found
 
 
 class _Auditor:
@@ -249,7 +145,7 @@ class _Auditor:
             stage.evidence = other.relative_to(self.root).as_posix()
         try:
             opened = unseal(path.read_bytes(), self.trusted, self.own)
-            _read_statement(stage, opened.statement)
+            fill(stage, opened.statement)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.say("broken", "evidence", stage, stage.evidence, f"the evidence cannot be read: {error}")
             return
@@ -270,7 +166,7 @@ class _Auditor:
             self.say("broken", "evidence", stage, stage.evidence, f"this is evidence of another stage, {named}")
 
     def _hash(self) -> None:
-        """Every file that evidence names, and every other one that lies among them, once."""
+        """Every file that evidence names and that is here, once."""
         named = {path for stage in self.stages for path in (*stage.read, *stage.made)}
         wanted = [path for path in named if (self.root / path).is_file()]
         lock = [LOCK_FILE] if (self.root / LOCK_FILE).is_file() else []
@@ -283,9 +179,7 @@ class _Auditor:
                      f"`{stage.command}`")  # fmt: skip
         for kind, known, listed_paths in (("deps", stage.read, stage.inputs), ("outs", stage.made, stage.outputs)):
             md5_of = {path: each.md5 for path, each in known.items()}
-            locked = {
-                str(each["path"]): each for each in stage.locked.get(kind) or () if each["path"] != stage.evidence
-            }
+            locked = {str(each["path"]): each for each in stage.locked.get(kind) or ()}
             for path in sorted(set(listed_paths) ^ set(locked)):
                 where = "dvc.lock" if path in locked else "the evidence"
                 self.say("broken", "lock", stage, path, f"{path} is among the stage's {kind} in {where} alone")
@@ -397,13 +291,13 @@ class _Auditor:
 
     def _commits(self) -> None:
         """Commits must be in the history; what was not committed is said."""
-        known: dict[str, bool | None] = {}
+        known: dict[str, bool] = {}
         for stage in self.stages:
             if not stage.commit:
                 continue
             if stage.commit not in known:
                 known[stage.commit] = _has_commit(self.root, stage.commit)
-            if known[stage.commit] is False:
+            if not known[stage.commit]:
                 self.say(
                     "note", "commit", stage, "", f"commit {stage.commit[:SHORT]} is not in this repository's history"
                 )
@@ -417,68 +311,6 @@ class _Auditor:
                 )
 
 
-def newest_evidence(root: Path, stage: str) -> Path | None:
-    """The evidence of a stage's latest run, whoever signed it; None where there is none that can be read."""
-    found = []
-    for path in sorted((root / evidence_path(stage, "")).parent.glob("*.json")):
-        try:
-            found.append((read_evidence(path.read_bytes()).finished, path))
-        except ValueError:
-            continue
-    return max(found)[1] if found else None
-
-
-def read_evidence(text: bytes) -> StageEvidence:
-    """A stage as its evidence alone tells it, whoever signed.
-
-    Raises:
-        ValueError: it is no evidence of a stage.
-    """
-    opened = unseal(text, {})
-    stage = StageEvidence("", {}, "", opened.standing, opened.key)
-    try:
-        _read_statement(stage, opened.statement)
-        stage.name = opened.statement["predicate"]["buildDefinition"]["externalParameters"]["stage"]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"expected evidence of a stage, got a statement without {error}") from error
-    return stage
-
-
-def _read_statement(stage: StageEvidence, statement: Mapping[str, Any]) -> None:
-    """Fills a stage from its statement.
-
-    Raises:
-        ValueError, KeyError, TypeError: it is none of ours.
-    """
-    for key, expected in (("_type", STATEMENT_TYPE), ("predicateType", PREDICATE_TYPE)):
-        if statement[key] != expected:
-            raise ValueError(f"{key}: expected {expected}, got {statement[key]!r}")
-    predicate = statement["predicate"]
-    definition, details = predicate["buildDefinition"], predicate["runDetails"]
-    if definition["buildType"] != BUILD_TYPE:
-        raise ValueError(f"buildType: expected {BUILD_TYPE}, got {definition['buildType']!r}")
-    external, internal = definition["externalParameters"], definition["internalParameters"]
-    stage.command, stage.params = external["command"], external["params"]
-    stage.inputs, stage.outputs = list(external["inputs"]), list(external["outputs"])
-    stage.made = dict(_records(statement["subject"]))
-    materials = definition["resolvedDependencies"]
-    read = dict(_records(each for each in materials if "name" in each))
-    stage.read = {name: each for name, each in read.items() if any(overlap(name, path) for path in stage.inputs)}
-    stage.read_lock = read[LOCK_FILE].sha256 if LOCK_FILE in read else ""
-    stage.commit = next((each["digest"]["gitCommit"] for each in materials if "gitCommit" in each["digest"]), "")
-    stage.sources = {e["uri"]: e["digest"]["sha256"] for e in materials if str(e.get("uri", "")).startswith("params:")}
-    stage.dirty = bool(details.get("byproducts"))
-    stage.environment, stage.machine, stage.seeds = internal["environment"], internal["machine"], internal["seeds"]
-    metadata = details["metadata"]
-    stage.started, stage.finished, stage.run = metadata["startedOn"], metadata["finishedOn"], metadata["invocationId"]
-
-
-def _records(descriptors: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, FileRecord]]:
-    for each in descriptors:
-        digest = each["digest"]
-        yield each["name"], FileRecord(each["annotations"]["size"], digest["sha256"], digest["md5"])
-
-
 def differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> list[str]:
     """The dotted names of values that are not equal, as deep as both have them."""
     found = []
@@ -489,11 +321,6 @@ def differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = ""
         elif a != b or (key in one) != (key in other):
             found.append(name)
     return found
-
-
-def profile_of(stage: str) -> str:
-    """heads@scenes-vit-scenes is of profile scenes: profiles' names have no dash."""
-    return stage.partition("@")[2].partition("-")[0]
 
 
 def locked_versions(path: Path) -> dict[str, set[str]]:
@@ -517,17 +344,11 @@ def _in_dvc_cache(path: Path) -> bool:
     return (kind, algorithm) == ("files", "md5") and bool(re.fullmatch(r"[0-9a-f]{2}/[0-9a-f]{30}", f"{start}/{rest}"))
 
 
-def _has_commit(root: Path, commit: str) -> bool | None:
-    """Whether HEAD descends from it; None where git cannot say."""
+def _has_commit(root: Path, commit: str) -> bool:
+    """Whether HEAD descends from it, as far as git can say."""
     if not re.fullmatch(r"[0-9a-f]{40,64}", commit):
         return False
-    try:
-        ended = subprocess.run(
-            ["git", "-C", str(root), "merge-base", "--is-ancestor", commit, "HEAD"], capture_output=True
-        )
-    except OSError:
-        return None
-    return ended.returncode == 0
+    return git("merge-base", "--is-ancestor", commit, "HEAD", root=root) is not None
 
 
 def _verb(role: str) -> str:

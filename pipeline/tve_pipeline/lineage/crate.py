@@ -7,8 +7,9 @@ action with its inputs, outputs, times and tool. What is signed is the evidence;
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tve_pipeline.lineage.audit import Report, StageEvidence
+from tve_pipeline.lineage.audit import Report
 from tve_pipeline.lineage.files import FileRecord
+from tve_pipeline.lineage.statements import StageEvidence
 
 METADATA_FILE = "ro-crate-metadata.json"
 SPECIFICATION = "https://w3id.org/ro/crate/1.1"

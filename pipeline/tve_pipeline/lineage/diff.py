@@ -1,13 +1,15 @@
 """What differs between two runs: data, code, params, environment, seeds, device, in that order."""
 
-import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tve_pipeline.lineage.audit import DVC_LOCK, GENERATED, StageEvidence, differing, load_yaml, read_evidence
-from tve_pipeline.lineage.evidence import FOLDER, evidence_path, lock_key
+from tve_pipeline.lineage.audit import GENERATED, differing
+from tve_pipeline.lineage.evidence import FOLDER, evidence_path
 from tve_pipeline.lineage.files import FileRecord
+from tve_pipeline.lineage.git import git
+from tve_pipeline.lineage.lock import DVC_LOCK, load_yaml, lock_key
+from tve_pipeline.lineage.statements import StageEvidence, read_evidence
 
 KINDS = ("data", "code", "params", "environment", "seed", "device", "result")
 
@@ -32,7 +34,7 @@ def runs(root: Path, named: str) -> dict[str, StageEvidence]:
     if Path(named).is_file():
         stage = read_evidence(Path(named).read_bytes())
         return {stage.name: stage}
-    lock = _git(root, "show", "--end-of-options", f"{_experiment(root, named) or named}:{DVC_LOCK}")
+    lock = git("show", "--end-of-options", f"{_experiment(root, named) or named}:{DVC_LOCK}", root=root)
     if lock is None:
         raise ValueError(f"{named}: expected an evidence file, a git revision or a DVC experiment, got none of these")
     entries = ((load_yaml(lock) or {}).get("stages") or {}).items()
@@ -97,10 +99,5 @@ def _value(values: Mapping[str, object], dotted: str) -> str:
 
 def _experiment(root: Path, named: str) -> str:
     """The reference of the newest experiment of this name, "" where there is none."""
-    listing = _git(root, "for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps") or b""
+    listing = git("for-each-ref", "--sort=-committerdate", "--format=%(refname)", "refs/exps", root=root) or b""
     return next((ref for ref in listing.decode().splitlines() if ref.rpartition("/")[2] == named), "")
-
-
-def _git(root: Path, *arguments: str) -> bytes | None:
-    ended = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True)
-    return ended.stdout if ended.returncode == 0 else None

@@ -9,11 +9,9 @@ is written in the process that does the work, around it: inputs are hashed befor
 import base64
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import re
-import subprocess
 import sys
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,16 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records, state_of
-from tve_pipeline.lineage.keys import own_signer, seal
+from tve_pipeline.lineage.git import git
+from tve_pipeline.lineage.keys import STATEMENT_TYPE, own_signer, seal
+from tve_pipeline.lineage.lock import lock_key
 
 FOLDER = "evidence"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:tve:dvc-stage:1"
 BUILDER = "urn:tve:pipeline"
 LOCK_FILE = "requirements.lock"
 FLOW_RUN = "TVE_FLOW_RUN"
-KEY_DIGITS = 16
 WHOLE_DIFF_BYTES = 2**18  # a longer diff is named by its hash alone
 # What a run itself writes is no change of the code that it ran.
 NOT_IN_DIFF = (f":(exclude){FOLDER}", ":(exclude)dvc.lock")
@@ -128,16 +126,6 @@ def run_key(plan: StagePlan, inputs: Mapping[str, FileRecord], outputs: Mapping[
     )
 
 
-def lock_key(entry: Mapping[str, Any]) -> str:
-    """A digest of what an entry of dvc.lock says: command, parameters, inputs and outputs by md5."""
-    params = {name: value for file in (entry.get("params") or {}).values() for name, value in file.items()}
-    document = {"cmd": entry.get("cmd"), "params": params} | {
-        kind: sorted((str(each["path"]), str(each.get("md5"))) for each in entry.get(kind) or ())
-        for kind in ("deps", "outs")
-    }
-    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()[:KEY_DIGITS]
-
-
 def own_command() -> str:
     """The command line of this process as dvc.yaml writes it: python -m MODULE ARGUMENTS."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
@@ -152,7 +140,7 @@ def statement_of(
     end: datetime,
 ) -> dict[str, Any]:
     """The in-toto statement of a run."""
-    commit, diff = _git("rev-parse", "HEAD"), _git("diff", "HEAD", "--", ".", *NOT_IN_DIFF)
+    commit, diff = git("rev-parse", "HEAD"), git("diff", "HEAD", "--", ".", *NOT_IN_DIFF)
     materials = [_descriptor(path, each) for path, each in sorted(inputs.items())]
     materials += [{"uri": f"params:{key}", "digest": {"sha256": digest}} for key, digest in pinned_sources(plan.params)]
     if commit is not None:
@@ -260,15 +248,6 @@ def _diff_descriptors(diff: bytes | None) -> list[dict[str, Any]]:
     if len(diff) <= WHOLE_DIFF_BYTES:
         descriptor["content"] = base64.b64encode(diff).decode()
     return [descriptor]
-
-
-def _git(*arguments: str) -> bytes | None:
-    """What git prints; None where it cannot say."""
-    with contextlib.suppress(OSError):
-        finished = subprocess.run(["git", *arguments], capture_output=True)
-        if finished.returncode == 0:
-            return finished.stdout
-    return None
 
 
 def _processor() -> str:

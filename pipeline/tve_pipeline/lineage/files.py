@@ -35,10 +35,10 @@ def listed(path: Path) -> list[Path]:
     return sorted(found)
 
 
-def records(paths: Iterable[Path], *, md5: bool, threads: int | None = None) -> dict[str, FileRecord]:
+def records(paths: Iterable[Path], *, md5: bool) -> dict[str, FileRecord]:
     """Every file's record, by its path as given; each is read once, several at a time."""
     paths = list(dict.fromkeys(paths))
-    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1), "hash") as pool:
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "hash") as pool:
         found = pool.map(lambda path: record(path, md5=md5), paths)
         return {path.as_posix(): each for path, each in zip(paths, found, strict=True)}
 

@@ -26,6 +26,7 @@ SETTING = "TVE_SIGNING_KEY"
 UNSIGNED = "none"
 TRUSTED_FOLDER = Path("keys")
 PAYLOAD_TYPE = "application/vnd.in-toto+json"
+STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 SHORT = 12  # digits by which messages name a key
 
 Standing = Literal["trusted", "own", "untrusted", "unsigned", "altered"]

@@ -11,10 +11,9 @@ from typing import Any
 from securesystemslib.signer import CryptoSigner, SSlibKey  # type: ignore[attr-defined]
 
 from tve_pipeline.lineage.files import listed, records
-from tve_pipeline.lineage.keys import Opened, seal, unseal
+from tve_pipeline.lineage.keys import STATEMENT_TYPE, Opened, seal, unseal
 
 FILE = "manifest.json"
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 PREDICATE_TYPE = "urn:tve:folder:1"
 
 

@@ -7,8 +7,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from tve_pipeline.lineage.audit import GENERATED, Report, StageEvidence, overlap, paths
+from tve_pipeline.lineage.audit import GENERATED, Report
 from tve_pipeline.lineage.files import FileRecord
+from tve_pipeline.lineage.lock import overlap, paths
+from tve_pipeline.lineage.statements import StageEvidence
 
 COLUMN, ROW, WIDTH, HEIGHT = 250, 34, 200, 24  # of the graph, px
 FILES_SHOWN = 12  # of one input or output; the rest is counted
