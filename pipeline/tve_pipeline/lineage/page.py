@@ -4,15 +4,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from tve_pipeline.lineage.audit import GENERATED, Report
+from tve_pipeline.lineage.audit import GENERATED, Finding, Report, Severity
 from tve_pipeline.lineage.files import FileRecord
 from tve_pipeline.lineage.lock import overlap, paths
 from tve_pipeline.lineage.statements import StageEvidence
 
 COLUMN, ROW, WIDTH, HEIGHT = 250, 34, 200, 24  # of the graph, px
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the gravest first
 FILES_SHOWN = 12  # of one input or output; the rest is counted
 
 
@@ -52,10 +54,11 @@ def page(report: Report) -> str:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(default=True), trim_blocks=True
     )
     severity: dict[str, str] = {}
-    for finding in sorted(report.findings, key=lambda each: ("broken", "unproven", "note").index(each.severity)):
+    for finding in sorted(report.findings, key=lambda each: SEVERITIES.index(each.severity)):
         severity.setdefault(finding.stage, finding.severity)
     return environment.get_template("page.html.j2").render(
         report=report,
+        told=_told(report.findings),
         now=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         boxes=boxes,
         lines=lines,
@@ -74,6 +77,14 @@ def page(report: Report) -> str:
         findings={s.name: [each for each in report.findings if each.stage == s.name] for s in report.stages},
         results=[(path, s.name) for s in reversed(report.stages) for path in s.outputs if path.startswith("results/")],
     )
+
+
+def _told(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
+    """The gravest first; what is said alike of several stages once, with how many more there are."""
+    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in sorted(findings, key=lambda each: SEVERITIES.index(each.severity)):
+        alike.setdefault((each.severity, each.kind, each.message), []).append(each)
+    return [(each[0], len(each) - 1) for each in alike.values()]
 
 
 def _before(stage: StageEvidence, made: Mapping[str, str]) -> list[str]:
