@@ -31,12 +31,11 @@ class Sizes:
     patches_per_side: int = 14
     width: int = 768
     heads: int = 12
-    radius: int = 2
+    radii: tuple[int, ...] = (2, 3, 4)  # windows of 25, 49 and 81 patches where no border cuts them
     windows: int = 4096
     halves: int = 1024
     whole: int = 512  # sequences of all tokens
     classes: int = 1000
-    drawn: int = 8  # windows of a picture, in the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +58,17 @@ def op_cases(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> Iterator
 
 def _coalitions(sizes: Sizes) -> dict[str, Tensor | WindowCoalitions]:
     patches, num_patches = sizes.patches_per_side, sizes.patches_per_side**2
+    made: dict[str, Tensor | WindowCoalitions] = {}
     centre_M = torch.arange(sizes.windows) % num_patches
-    windows = WindowCoalitions(Windows(patches, sizes.radius), centre_M, torch.ones(sizes.windows, dtype=torch.bool))
-    windows = windows[windows.sizes().argsort(stable=True)]  # by length, as the evaluator packs them
+    for radius in sizes.radii:
+        windows = WindowCoalitions(Windows(patches, radius), centre_M, torch.ones(sizes.windows, dtype=torch.bool))
+        # by length, as the evaluator packs them
+        made[f"{sizes.windows} kept windows, r = {radius}"] = windows[windows.sizes().argsort(stable=True)]
     halves_MPP = random_halves(sizes.halves, patches, torch.Generator().manual_seed(0))
     whole_MPP = torch.ones(sizes.whole, patches, patches, dtype=torch.bool)
-    return {
-        f"{sizes.windows} kept windows, r = {sizes.radius}": windows,
-        f"{sizes.halves} random halves": halves_MPP,
-        f"{sizes.whole} whole pictures": whole_MPP,
-    }
+    made[f"{sizes.halves} random halves"] = halves_MPP
+    made[f"{sizes.whole} whole pictures"] = whole_MPP
+    return made
 
 
 def _coalition_ops(
@@ -100,7 +100,7 @@ def _coalition_ops(
                 kept,
                 layout,
                 patches_per_side=sizes.patches_per_side,
-                radius=sizes.radius,
+                radius=coalitions.windows.radius,
                 num_prefix=1,
                 backend=backend,
             )
@@ -158,7 +158,7 @@ def _transfer_map(sizes: Sizes, device: torch.device, dtype: torch.dtype) -> OpC
             bias_C,
             target_B1,
             patches_per_side=sizes.patches_per_side,
-            radius=sizes.radius,
+            radius=sizes.radii[0],
             output="logit",
             weight_kept=1.0,
             weight_removed=1.0,

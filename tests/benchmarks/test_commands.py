@@ -17,7 +17,7 @@ from benchmarks.records import append
 from tve.backbones import Backbone
 
 CPU = torch.device("cpu")
-SMALL = Sizes(2, patches_per_side=3, width=64, heads=2, radius=1, windows=9, halves=4, whole=2, classes=5, drawn=3)
+SMALL = Sizes(2, patches_per_side=3, width=64, heads=2, radii=(1,), windows=9, halves=4, whole=2, classes=5)
 
 
 @pytest.fixture
