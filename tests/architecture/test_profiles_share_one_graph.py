@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tve_pipeline.flows.reproduce import stages_in_order
+from tve_pipeline.flows.stages import stages_in_order
 from tve_pipeline.graph import ROOT
 
 # Stands for every stage: makes its outputs out of nothing, so that the graph runs in seconds.

@@ -1,15 +1,36 @@
-"""python -m tve_pipeline.flows [reproduce | audit]"""
+"""python -m tve_pipeline.flows [reproduce | retrain | audit | sweep]
 
+Uses the server of `make server` where one answers on the loopback address, else one of its own for as long as it takes.
+"""
+
+import os
 import sys
-from collections.abc import Callable
+import urllib.request
+from importlib import import_module
 
-from tve_pipeline.flows.audit import audit
-from tve_pipeline.flows.reproduce import reproduce
+FLOWS = ("reproduce", "retrain", "audit", "sweep")
 
-FLOWS: dict[str, Callable[[], object]] = {"reproduce": reproduce, "audit": audit}
+
+def main(arguments: list[str]) -> None:
+    name = arguments[0] if arguments else "reproduce"
+    if name not in FLOWS or len(arguments) > 1:
+        sys.exit(f"flows: expected one of {', '.join(FLOWS)}, got {' '.join(arguments)!r}")
+    if "PREFECT_API_URL" not in os.environ and (url := running_server()):
+        os.environ["PREFECT_API_URL"] = url  # before Prefect is imported, which reads it
+    module = import_module(f"tve_pipeline.flows.{name}")
+    getattr(module, name)()
+
+
+def running_server() -> str | None:
+    """Where the server of `make server` answers, or None."""
+    port = os.environ.get("PREFECT_SERVER_API_PORT", "4200")
+    url = f"http://127.0.0.1:{port}/api"
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+            return url if answer.status == 200 else None
+    except OSError:
+        return None
+
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) > 1 else "reproduce"
-    if name not in FLOWS:
-        sys.exit(f"flows: expected one of {sorted(FLOWS)}, got {name!r}")
-    FLOWS[name]()
+    main(sys.argv[1:])

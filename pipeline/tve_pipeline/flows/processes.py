@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-End = Literal["done", "preempted", "locked", "disk full", "refused", "failed"]
-TRANSIENT: frozenset[End] = frozenset({"preempted", "locked"})  # what another try may mend
+End = Literal["done", "preempted", "locked", "storage gone", "disk full", "refused", "failed"]
+TRANSIENT: frozenset[End] = frozenset({"preempted", "locked", "storage gone"})  # what another try may mend
+SUPERVISOR = Path(__file__).with_name("supervise.py")
 GRACE_S = 20.0  # from the polite signal to the one that cannot be refused
 LINES_KEPT = 200  # by which an end is told
 KILLED = re.compile(r"exited with (-\d+|137|143)\b")
 FULL = re.compile(r"No space left on device|Disk quota exceeded|\[Errno 28\]")
+GONE = re.compile(r"Stale file handle|Transport endpoint is not connected|Input/output error|Host is down")
 LOCKED = re.compile(r"Unable to acquire lock|is busy, it is being blocked by")
 
 
@@ -46,17 +48,22 @@ class Groups:
         command: Sequence[str],
         on_line: Callable[[str], None],
         environment: Mapping[str, str] | None = None,
+        keep_open: Sequence[int] = (),
     ) -> Outcome:
-        """Runs a command to its end; whatever ends this call, ends the whole group first.
+        """Runs a command to its end; whatever ends this call or this process, ends the whole group.
 
         Args:
             command: no shell reads it.
             on_line: is given every line, standard error's among them; of a progress bar each state is a line.
             environment: added to this process's own.
+            keep_open: file descriptors, such as a lock's, that stay open for as long as the group is watched over.
         """
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
+        read_end, write_end = os.pipe()  # the supervisor reads it; it closes when this process is gone, however it went
+        supervised = [sys.executable, "-I", "-S", str(SUPERVISOR), str(read_end), str(GRACE_S), *command]
         process = subprocess.Popen(
-            list(command),
+            supervised,
+            pass_fds=(read_end, *keep_open),
             env=os.environ | {"PATH": path} | dict(environment or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -65,6 +72,7 @@ class Groups:
             errors="replace",
             start_new_session=True,
         )
+        os.close(read_end)
         with self._lock:
             self._alive[process.pid] = process
         last: deque[str] = deque(maxlen=LINES_KEPT)
@@ -81,6 +89,7 @@ class Groups:
         finally:
             end_group(process)
             watch.join()
+            os.close(write_end)
             with self._lock:
                 del self._alive[process.pid]
         return Outcome(end_of(process.returncode, last), process.returncode, tuple(last))
@@ -121,6 +130,8 @@ def end_of(returncode: int, last_lines: Sequence[str]) -> End:
         return "preempted"
     if LOCKED.search(text):
         return "locked"
+    if GONE.search(text):
+        return "storage gone"
     return "failed" if "Traceback (most recent call last)" in text else "refused"
 
 
