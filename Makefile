@@ -9,9 +9,15 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS := 120
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+export PREFECT_SERVER_API_PORT ?= 4200
+export TVE_RETRAIN_CRON ?= 0 2 * * *
+export TVE_AUDIT_CRON ?= 0 6 * * *
+export TVE_TIMEZONE ?= UTC
+FLOWS_URL := http://127.0.0.1:$(PREFECT_SERVER_API_PORT)/api
 PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 
-.PHONY: help venv repro test lint types profile flow graph lock proof bench audit goals-engine goals-evaluation goals-lineage goals-main clean
+.PHONY: help venv repro test lint types profile flow server worker graph lock proof bench audit goals-engine goals-evaluation goals-lineage goals-main clean
 
 help: ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /\1\t/' | expand -t 14
@@ -28,8 +34,18 @@ $(READY): requirements.lock pyproject.toml
 repro: $(READY) ## the whole job of the active profile; does only what is stale
 	dvc repro
 
-flow: $(READY) ## the same as a Prefect flow, a task per stage
-	PREFECT_HOME=$(CURDIR)/.prefect python -m tve_pipeline.flows
+flow: $(READY) ## the same as a Prefect flow, a task per stage; FLOW=retrain, audit or sweep: another flow
+	python -m tve_pipeline.flows $(FLOW)
+
+server: $(READY) ## Prefect's server and UI, on the loopback address
+	PREFECT_API_URL=$(FLOWS_URL) PREFECT_SERVER_UI_API_URL=$(FLOWS_URL) prefect server start --host 127.0.0.1
+
+worker: export TVE_ROOT := $(CURDIR)
+worker: export PREFECT_API_URL ?= $(FLOWS_URL)
+worker: $(READY) ## deploys prefect.yaml to the server, and runs what is scheduled or asked for
+	prefect work-pool inspect tve >/dev/null 2>&1 || prefect work-pool create tve --type process
+	prefect --no-prompt deploy --all
+	prefect worker start --pool tve
 
 test: $(READY) ## all tests
 	pytest

@@ -108,6 +108,11 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
                 became[each.backbone] = f"failed: {failed[0]}"
                 continue
             verdict = judge(profile, each.backbone, run, gate)
+            if known := verdict_on(profile, each.backbone, verdict.explainer_sha256):
+                became[each.backbone] = (
+                    f"the same explainer as before, {'in service' if known.passed else 'turned down'}"
+                )
+                continue
             registry.record(profile, each.backbone, verdict)
             version = registry.publish(profile, each.backbone) if publish else None
             word = f"in service{f' as {version}' if version else ''}" if verdict.passed else "turned down"
@@ -136,7 +141,7 @@ def candidate(profile: str, backbone: str, run: RunParams, graph: Mapping[str, S
         return Candidate(backbone, "its weights file changed", _after(graph, wanted, {first, *stale}), (first,))
     if stale:
         return Candidate(backbone, f"what its explainer was made from changed, first {stale[0]}", tuple(stale))
-    if not any(each.explainer_sha256 == _explainer_sha256(profile, backbone) for each in known):
+    if not verdict_on(profile, backbone, _explainer_sha256(profile, backbone)):
         return Candidate(backbone, "its explainer was never judged", ())
     return Candidate(backbone, "", ())
 
@@ -171,6 +176,12 @@ def judge(profile: str, backbone: str, run: RunParams, gate: Gate) -> Verdict:
         date=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         flow_run=str(flow_run.id),
     )
+
+
+def verdict_on(profile: str, backbone: str, explainer_sha256: str) -> Verdict | None:
+    """The last on this explainer."""
+    known = reversed(registry.verdicts(profile, backbone))
+    return next((each for each in known if each.explainer_sha256 == explainer_sha256), None)
 
 
 def figures_of(profile: str, backbone: str, run: RunParams) -> Figures:
@@ -268,6 +279,6 @@ def _after(graph: Mapping[str, Sequence[str]], wanted: set[str], changed: set[st
     return tuple(name for name in order if name in changed)
 
 
-def _explainer_sha256(profile: str, backbone: str) -> str | None:
-    path = Path("models", profile, "export", backbone, "config.json")
-    return json.loads(path.read_text())["explainer_sha256"] if path.is_file() else None
+def _explainer_sha256(profile: str, backbone: str) -> str:
+    document = json.loads(Path("models", profile, "export", backbone, "config.json").read_text())
+    return str(document["explainer_sha256"])
