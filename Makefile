@@ -88,7 +88,7 @@ goals-engine: $(READY) ## measure what the coalition engine promises; about 45 m
 goals-evaluation: $(READY) ## measure how faithful TVE is beside other methods, on 50 pictures; FULL=1: on all
 	python -m tve_pipeline.goals_evaluation $(if $(FULL),--full)
 
-goals-lineage: $(READY) ## measure what the audit promises: tampering, and its speed on this run and on 5 GB
+goals-lineage: $(READY) ## measure what audit and flows promise: tampering, speed, overhead, faults, scheduled retraining; an hour
 	python -m tve_pipeline.goals_lineage
 
 goals-main: $(READY) ## measure what the main job promises: clones, installs, runs everything, so as long as `make repro` takes

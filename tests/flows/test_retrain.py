@@ -1,6 +1,7 @@
 """Retraining: what it decides, and, on a real server with a real worker, that the schedule alone does all of it."""
 
 import json
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tve_pipeline.flows.retrain import Gate, new_in_timm, shortcomings
 
 GOOD = Figures(0.9, 0.8, -0.2, -0.1, 0.7, 0.01)
 PROFILE = "scenes_short"
+FULL = bool(os.environ.get("TVE_FULL"))  # a second backbone, too
 
 
 @pytest.mark.parametrize(
@@ -146,6 +148,17 @@ def test_a_backbone_in_params_is_planned_trained_gated_and_registered_by_the_sch
     service.start_worker(clone)
     until(lambda: tags(clone) == ["registry=scenes-short-vit-scenes@v0.0.1"], "the first is in service", 420)
 
+    until(
+        lambda: any("| `vit_scenes` | valid |" in text for text in artifacts(service, "retrain-plan")), "no more to do"
+    )
+    assert any("| `vit_scenes` | no explainer was made for it |" in text for text in artifacts(service, "retrain-plan"))
+    (judged,) = json.loads((clone / "registry" / PROFILE / "vit_scenes.json").read_text())
+    assert judged["passed"]
+    assert judged["figures"]["r2_kept"] > judged["figures"]["trivial_r2_kept"]
+    assert "vit_scenes" in run("git", "log", "-1", "--format=%s", cwd=clone).stdout
+    if not FULL:
+        return
+
     def add(profile: dict[str, Any]) -> None:
         first = profile["backbones"]["vit_scenes"]
         profile["backbones"]["vit_second"] = first | {"timm_args": first["timm_args"] | {"embed_dim": 96}}
@@ -155,11 +168,7 @@ def test_a_backbone_in_params_is_planned_trained_gated_and_registered_by_the_sch
     commit(clone, "another backbone")
     second = "registry=scenes-short-vit-second@v0.0.1"
     until(lambda: second in tags(clone), "the second is in service", 420)
-    plans = artifacts(service, "retrain-plan")
-    assert any("| `vit_scenes` | no explainer was made for it |" in text for text in plans)
-    assert any("| `vit_second` | no explainer was made for it |" in text for text in plans)
+    assert any("| `vit_second` | no explainer was made for it |" in text for text in artifacts(service, "retrain-plan"))
     assert len(tags(clone)) == 2  # the first was not registered again
-    (judged,) = json.loads((clone / "registry" / PROFILE / "vit_scenes.json").read_text())
-    assert judged["passed"]
-    assert judged["figures"]["r2_kept"] > judged["figures"]["trivial_r2_kept"]
+    assert len(json.loads((clone / "registry" / PROFILE / "vit_scenes.json").read_text())) == 1
     assert "vit_second" in run("git", "log", "-1", "--format=%s", cwd=clone).stdout
