@@ -3,9 +3,9 @@
     python -m tve_pipeline.goals_lineage [--gigabytes 5] [--rounds 3] [--only lineage flows]
 
 Tampering, faults and scheduled retraining are tried by tests, on real DVC projects with real signatures and a real
-server; here in their full form, some forty minutes on two cores. Times of the audit are those of the command `tve audit`
-beside `sha256sum` over the same files, in turn, medians of the rounds; those of a flow are beside `dvc repro` of the same
-stages.
+server; here in their full form, some forty minutes on two cores. Times of the audit are those of the command
+`tve audit` beside `sha256sum` over the same files, in turn, medians of the rounds; those of a flow are beside
+`dvc repro` of the same stages.
 """
 
 import argparse
