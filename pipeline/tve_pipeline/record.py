@@ -32,11 +32,12 @@ def main(argv: list[str]) -> None:
             for method in (*run.methods, SHAPLEY):
                 scores = results / "evaluate" / name / method / "scores.csv"
                 if scores.is_file():
-                    packed = gzip.compress(scores.read_bytes(), mtime=0)  # the same rows are the same bytes
-                    (folder / f"scores-{dataset}-{method}.csv.gz").write_bytes(packed)
+                    _pack(scores, folder / f"scores-{dataset}-{method}.csv.gz")
                     shutil.copy(scores.with_name("facts.json"), folder / f"facts-{dataset}-{method}.json")
             if (compared := results / "compare" / name / "metrics.json").is_file():
-                shutil.copy(compared, folder / f"metrics-{dataset}.json")
+                _pack(compared, folder / f"metrics-{dataset}.json.gz")
+            if (examined := results / "examine" / name / "metrics.json").is_file():
+                _pack(examined, folder / f"examine-{dataset}.json.gz")
         document = {
             "files": {file.name: file_sha256(file) for file in sorted(folder.iterdir())},
             "backbone_sha256": export["backbone_sha256"],
@@ -45,6 +46,10 @@ def main(argv: list[str]) -> None:
             "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], text=True).strip(),
         }
         write_json(folder / "digests.json", document)
+
+
+def _pack(path: Path, packed: Path) -> None:
+    packed.write_bytes(gzip.compress(path.read_bytes(), mtime=0))  # the same rows are the same bytes
 
 
 if __name__ == "__main__":
