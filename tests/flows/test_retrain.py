@@ -146,7 +146,7 @@ def test_a_backbone_in_params_is_planned_trained_gated_and_registered_by_the_sch
     monkeypatch.delenv("TVE_SIGNING_KEY", raising=False)
     service.deploy(clone, TVE_RETRAIN_CRON="* * * * *")
     service.start_worker(clone)
-    until(lambda: tags(clone) == ["registry=scenes-short-vit-scenes@v0.0.1"], "the first is in service", 420)
+    until(lambda: tags(clone) == ["registry=scenes-short-vit-scenes@v0.0.1"], "the first is in service", 900)
 
     until(
         lambda: any("| `vit_scenes` | valid |" in text for text in artifacts(service, "retrain-plan")), "no more to do"
@@ -167,7 +167,7 @@ def test_a_backbone_in_params_is_planned_trained_gated_and_registered_by_the_sch
     edit_profile(clone, add)
     commit(clone, "another backbone")
     second = "registry=scenes-short-vit-second@v0.0.1"
-    until(lambda: second in tags(clone), "the second is in service", 420)
+    until(lambda: second in tags(clone), "the second is in service", 900)
     assert any("| `vit_second` | no explainer was made for it |" in text for text in artifacts(service, "retrain-plan"))
     assert len(tags(clone)) == 2  # the first was not registered again
     assert len(json.loads((clone / "registry" / PROFILE / "vit_scenes.json").read_text())) == 1
