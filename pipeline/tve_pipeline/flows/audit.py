@@ -7,11 +7,11 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 
 from tve_pipeline.flows.ownership import sole_writer
-from tve_pipeline.flows.reproduce import begin
+from tve_pipeline.flows.reproduce import begin, run_name
 from tve_pipeline.lineage import audit as lineage
 
 
-@flow(name="audit", log_prints=True, persist_result=True, result_serializer="json")
+@flow(name="audit", flow_run_name=run_name, log_prints=True, persist_result=True, result_serializer="json")
 def audit(profile: str | None = None) -> str:
     """Audits every stage of a profile, by default of the active one; returns the verdict, OK or UNPROVEN.
 
@@ -19,7 +19,7 @@ def audit(profile: str | None = None) -> str:
         RuntimeError: something broke.
     """
     begin()
-    with sole_writer(f"audit {flow_run.name}", shared=True):  # files that are being written are not judged
+    with sole_writer(flow_run.name, shared=True):  # files that are being written are not judged
         report = lineage.audit(Path("."), profile=profile)
     lines = [
         f"**{report.verdict}**: {len(report.stages)} stages, {report.num_files} files, {report.num_bytes:,} bytes.",

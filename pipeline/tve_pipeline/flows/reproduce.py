@@ -25,15 +25,22 @@ from tve_pipeline.flows.stages import (
 )
 from tve_pipeline.flows.sweep import sweep_up
 from tve_pipeline.lineage.git import git
-from tve_pipeline.lineage.lock import load_lock
+from tve_pipeline.lineage.lock import active_profile, load_lock
 
 LEAST_FREE_BYTES = 2 * 10**9
 METRIC_FILES_SHOWN = 40
 AT_ONCE = "TVE_STAGES_AT_ONCE"  # the default of how many stages run side by side; two trainings on one GPU only wait
 
 
+def run_name() -> str:
+    """What the UI calls a run: which flow, on which profile and commit."""
+    commit = (git("rev-parse", "--short", "HEAD") or b"no commit").decode().strip()
+    return f"{flow_run.flow_name}, {active_profile(Path('.')) or 'no profile'} at {commit}"
+
+
 @flow(
     name="reproduce",
+    flow_run_name=run_name,
     log_prints=True,
     task_runner=ThreadPoolTaskRunner(max_workers=MOST_AT_ONCE),  # type: ignore[arg-type]
     persist_result=True,
@@ -53,7 +60,7 @@ def reproduce(targets: Sequence[str] | None = None, at_once: int | None = None) 
         RuntimeError: too little space, or a stage that did not end well; those that do not need it have run.
     """
     begin()
-    with sole_writer(f"reproduce {flow_run.name}") as lock:
+    with sole_writer(flow_run.name) as lock:
         require_space()
         before = stages_of_lock()
         graph = stage_graph()

@@ -29,6 +29,7 @@ from tve_pipeline.flows.reproduce import (
     begin,
     push_where_there_is_a_remote,
     require_space,
+    run_name,
     show_outcome,
     stages_of_lock,
     surroundings,
@@ -63,6 +64,7 @@ class Candidate:
 
 @flow(
     name="retrain",
+    flow_run_name=run_name,
     log_prints=True,
     task_runner=ThreadPoolTaskRunner(max_workers=MOST_AT_ONCE),  # type: ignore[arg-type]
     persist_result=True,
@@ -86,7 +88,7 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
     begin()
     gate = gate or Gate()
     became: dict[str, str] = {}
-    with sole_writer(f"retrain {flow_run.name}") as lock:
+    with sole_writer(flow_run.name) as lock:
         require_space()
         before = stages_of_lock()
         profile, run = active_profile(), load_section("run", RunParams)
