@@ -123,7 +123,9 @@ def _write_artifact(name: str, path: Path, verdict: Verdict) -> None:
     artifacts = (document or {}).get("artifacts") or {}
     artifacts[name] = {"path": f"../{path.as_posix()}", "type": "model", "desc": summary(verdict.figures)}
     ARTIFACTS.parent.mkdir(exist_ok=True)
-    ARTIFACTS.write_text(yaml.safe_dump({"artifacts": dict(sorted(artifacts.items()))}, sort_keys=False))
+    ARTIFACTS.write_text(
+        yaml.safe_dump({"artifacts": dict(sorted(artifacts.items()))}, sort_keys=False, allow_unicode=True)
+    )
 
 
 def _commit(paths: Sequence[Path], message: str) -> None:

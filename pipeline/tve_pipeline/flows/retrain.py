@@ -124,6 +124,8 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
             lines = ["| backbone | what became of it |", "|---|---|", *(f"| `{n}` | {w} |" for n, w in became.items())]
             create_markdown_artifact("\n".join(lines), key="retrain", description="What became of each backbone")
             push_where_there_is_a_remote()
+    for name, word in became.items():
+        print(f"{name}: {word}")
     if failures := [name for name, word in became.items() if word.startswith("failed")]:
         raise RuntimeError(f"{', '.join(failures)}: no explainer could be made; the log has each stage's last lines")
     return became
