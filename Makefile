@@ -15,7 +15,6 @@ export TVE_RETRAIN_CRON ?= 0 2 * * *
 export TVE_AUDIT_CRON ?= 0 6 * * *
 export TVE_TIMEZONE ?= UTC
 FLOWS_URL := http://127.0.0.1:$(PREFECT_SERVER_API_PORT)/api
-PROFILES := $(sort $(patsubst profiles/%.yaml,%,$(wildcard profiles/*.yaml)))
 
 .PHONY: help venv repro test lint types profile flow server worker graph lock proof bench audit goals-engine goals-evaluation goals-lineage goals-main clean
 
@@ -57,14 +56,8 @@ lint: $(READY) ## ruff, and whether dvc.yaml lists the code that its stages impo
 types: $(READY) ## mypy, strict
 	mypy
 
-profile: ## switch params.yaml: make profile NAME=real
-	@if [ -e params.yaml ] && [ ! -L params.yaml ]; then \
-	  echo "params.yaml is a file, not a link; move your edits to profiles/NAME.yaml first" >&2; exit 1; \
-	fi
-	@case " $(PROFILES) " in \
-	  *" $(or $(NAME),?) "*) ln -sfn profiles/$(NAME).yaml params.yaml && echo "profile: $(NAME)" ;; \
-	  *) echo "profile: expected NAME= one of $(PROFILES); got '$(NAME)'" >&2; exit 1 ;; \
-	esac
+profile: ## make another profile the active one: make profile NAME=real
+	@sh profiles/switch.sh "$(NAME)"
 
 graph: $(READY) ## write the code that each stage imports into dvc.yaml
 	python -m tve_pipeline.graph

@@ -1,5 +1,6 @@
 """params.yaml: profiles are complete, and a wrong key is one clear error."""
 
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -54,10 +55,10 @@ def test_every_profile_has_the_name_of_its_file_and_defines_what_it_runs(path: P
     assert {run.pretrain_dataset, *run.task_datasets} <= set(run.datasets)
 
 
-def test_params_yaml_is_a_link_to_a_profile() -> None:
-    link = ROOT / "params.yaml"
-    assert link.is_symlink()
-    assert link.resolve() in PROFILES
+def test_one_profile_is_active_and_its_values_are_in_params_yaml_itself() -> None:
+    params = ROOT / "params.yaml"
+    assert not params.is_symlink()  # DVC follows no links in git's history
+    assert [path.stem for path in PROFILES if path.resolve() == params] == [active_profile(params)]
 
 
 def test_the_dry_run_of_the_paper_differs_in_sizes_and_sources_alone() -> None:
@@ -144,7 +145,7 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(
         ("trunk_learning_rate", -0.1, "trunk_learning_rate: expected at least 0"),
         ("weight_decay", -0.1, "weight_decay: expected at least 0"),
         ("whitening_floor", 0, "whitening_floor: expected more than 0, got 0"),
-        ("warmup_steps", 2501, "warmup_steps: expected at most num_steps, 2500, got 2501"),
+        ("warmup_steps", 1501, "warmup_steps: expected at most num_steps, 1500, got 1501"),
         ("evaluate_every", 0, "evaluate_every: expected at least 1"),
         ("checkpoint_every", 0, "checkpoint_every: expected at least 1"),
         ("num_evaluation_pictures", 0, "num_evaluation_pictures: expected at least 1"),
@@ -276,23 +277,55 @@ def test_a_link_to_a_profile_that_is_gone_is_named(tmp_path: Path) -> None:
 
 
 def make_profile(folder: Path, name: str) -> subprocess.CompletedProcess[str]:
-    (folder / "profiles").mkdir(exist_ok=True)
-    (folder / "profiles" / "real.yaml").touch()
     command = ["make", "-s", "-f", str(ROOT / "Makefile"), "profile", f"NAME={name}"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
-def test_make_profile_moves_the_link_and_refuses_to_replace_a_file(tmp_path: Path) -> None:
-    params = tmp_path / "params.yaml"
+@pytest.fixture
+def two_profiles(tmp_path: Path) -> Path:
+    """A folder with the profiles `mine`, which is active, and `other`."""
+    (tmp_path / "profiles").mkdir()
+    shutil.copy(ROOT / "profiles" / "switch.sh", tmp_path / "profiles")
+    (tmp_path / "params.yaml").write_text("profile: mine # words\n")
+    (tmp_path / "profiles" / "mine.yaml").symlink_to("../params.yaml")
+    (tmp_path / "profiles" / "other.yaml").write_text("profile: other\n")
+    return tmp_path
+
+
+def test_switching_profiles_there_and_back_keeps_edits_through_either_name(two_profiles: Path) -> None:
+    params, mine, other = (two_profiles / name for name in ("params.yaml", "profiles/mine.yaml", "profiles/other.yaml"))
+    mine.write_text(mine.read_text() + "edited: 1\n")
     for _ in range(2):
-        assert make_profile(tmp_path, "real").returncode == 0
-        assert params.readlink() == Path("profiles/real.yaml")
-    params.unlink()
-    params.write_text("mine")
-    done = make_profile(tmp_path, "real")
+        assert make_profile(two_profiles, "other").returncode == 0
+        assert params.read_text() == "profile: other\n"
+        assert not params.is_symlink()
+        assert other.readlink() == Path("../params.yaml")
+        assert not mine.is_symlink()
+    params.write_text("profile: other\nedited: 2\n")
+    assert make_profile(two_profiles, "mine").returncode == 0
+    assert params.read_text() == "profile: mine # words\nedited: 1\n"
+    assert other.read_text() == "profile: other\nedited: 2\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [("nowhere", "one of mine other ; got 'nowhere'"), ("", "got ''"), ("wrong", "expected 'wrong', the name of")],
+)
+def test_no_profile_is_lost_to_a_wrong_name(two_profiles: Path, name: str, says: str) -> None:
+    if name == "wrong":
+        (two_profiles / "profiles" / "wrong.yaml").write_text("profile: mine\n")
+    done = make_profile(two_profiles, name)
     assert done.returncode != 0
-    assert "move your edits to profiles/NAME.yaml first" in done.stderr
-    assert params.read_text() == "mine"
+    assert says in done.stderr
+    assert (two_profiles / "params.yaml").read_text() == "profile: mine # words\n"
+
+
+def test_a_params_file_that_is_no_profile_is_not_replaced(two_profiles: Path) -> None:
+    (two_profiles / "profiles" / "mine.yaml").unlink()
+    done = make_profile(two_profiles, "other")
+    assert done.returncode != 0
+    assert "move it to profiles/NAME.yaml first" in done.stderr
+    assert (two_profiles / "params.yaml").read_text() == "profile: mine # words\n"
 
 
 def test_a_section_never_changes_after_it_was_read() -> None:

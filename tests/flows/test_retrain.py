@@ -115,7 +115,7 @@ def clone(tmp_path: Path) -> Path:
             shutil.copy(ROOT / name, root / name, follow_symlinks=False)
     (root / "dvc.lock").unlink()
     edit_profile(root, cut_shorter)
-    run("ln", "-sfn", f"profiles/{PROFILE}.yaml", "params.yaml", cwd=root)
+    run("make", "-s", "profile", f"NAME={PROFILE}", cwd=root)
     run("git", "init", "-q", "-b", "main", cwd=root)
     commit(root, "project")
     return root
