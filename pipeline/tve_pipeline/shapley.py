@@ -15,7 +15,8 @@ from pydantic import Field, model_validator
 
 from tve.backbones import open_backbone
 from tve.baselines.method import no_classifier
-from tve.baselines.vit_shapley import CONFIG_FILE, VitShapleyConfig, save_vit_shapley, train_vit_shapley
+from tve.baselines.vit_shapley import CONFIG_FILE, VitShapleyConfig, save_vit_shapley
+from tve.baselines.vit_shapley_training import train_vit_shapley
 from tve.digests import file_sha256
 from tve.pictures import ordered_batches, training_batches
 from tve.precision import RequestedPrecision

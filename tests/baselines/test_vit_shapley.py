@@ -15,18 +15,20 @@ from tve.baselines.vit_shapley import (
     ShapleyExplainer,
     VitShapley,
     VitShapleyConfig,
-    coalition_values,
-    explained_gain,
     load_vit_shapley,
-    masked_embeddings,
     own_head,
     save_vit_shapley,
+    untrained,
+)
+from tve.baselines.vit_shapley_training import (
+    coalition_values,
+    explained_gain,
+    masked_embeddings,
     shapley_coalitions,
     shapley_loss,
     train_surrogate,
     train_vit_shapley,
     uniform_coalitions,
-    untrained,
 )
 from tve.evaluator import CoalitionEvaluator
 from tve.fidelity.v_information import all_coalitions, coalition_index, shapley_values

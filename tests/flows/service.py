@@ -103,8 +103,9 @@ class Service:
 
     def _begin(self, command: list[str], folder: Path) -> "subprocess.Popen[bytes]":
         log = (self.home / f"{command[1]}.log").open("ab")
+        # A worker that is asked to end sends itself SIGINT, which what a shell runs in the background ignores.
         return subprocess.Popen(
-            command,
+            ["env", "--default-signal=INT", *command],
             cwd=folder,
             env=os.environ | self.environment,
             stdout=log,
