@@ -202,6 +202,8 @@ def test_every_output_is_there_and_dvc_can_show_the_numbers(report: Path) -> Non
     assert all(isinstance(value, float) for value in metrics.values())
     assert metrics["vit/r2_kept"] == 0.5
     assert metrics["vit/scenes/digit/drop/tve/fidelity_plus"] == 0.3
+    assert {"vit/scenes/digit/drop/random/fidelity_minus", "vit/scenes/digit/zero/tve/fidelity_minus"} <= metrics.keys()
+    assert "vit/scenes/digit/zero/random/fidelity_minus" not in metrics
     assert metrics["vit/scenes/digit/density_ratio"] == 3.0
     with (report / "fidelity.csv").open() as file:
         rows = list(csv.DictReader(file))

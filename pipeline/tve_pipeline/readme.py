@@ -25,7 +25,7 @@ TASKS = ("digit", "parity", "shape", "colour")
 METHODS = (
     *("tve", "tve_mean", "tve_u", "tve_hg", "vit_shapley"),
     *("integrated_gradients", "deep_lift", "gradient_shap", "grad_cam", "rollout", "attn_lrp"),
-    *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200"),
+    *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
     *("exact_windows", "exact_windows_mean", "random", "random_blurred", "centre"),
 )
 

@@ -139,7 +139,10 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
 
 
 def flat_metrics(report: Report) -> dict[str, float]:
-    """The numbers that a comparison of two runs needs, in one level: "vit_scenes/digit/drop/tve/fidelity_plus"."""
+    """The numbers that a comparison of two runs needs, in one level: "vit_scenes/scenes/digit/drop/tve/fidelity_plus".
+
+    Fidelities are of every method under the removal operator that the explainer was trained for, of TVE under all.
+    """
     flat: dict[str, float | None] = {}
     for name, found in report.results.pretraining.items():
         flat |= {f"{name}/{key}": value for key, value in found.metrics.items() if "r2_" in key}
@@ -150,8 +153,11 @@ def flat_metrics(report: Report) -> dict[str, float]:
             flat[f"{prefix}/accuracy"] = result.get("accuracy")
             for removal, share in result.get("share_of_way", {}).items():
                 flat |= {f"{prefix}/{removal}/share_of_way/{fidelity}": share.get(fidelity) for fidelity in FIDELITIES}
-            for removal, scores in result["methods"].get(method, {}).items():
-                flat |= {f"{prefix}/{removal}/{method}/{fidelity}": scores[fidelity]["mean"] for fidelity in FIDELITIES}
+            for each, by_removal in result["methods"].items():
+                for removal, scores in by_removal.items():
+                    if each == method or removal == report.trained_for[backbone]:
+                        place = f"{prefix}/{removal}/{each}"
+                        flat |= {f"{place}/{fidelity}": scores[fidelity]["mean"] for fidelity in FIDELITIES}
             flat[f"{prefix}/density_ratio"] = ((result.get("density") or {}).get(method) or {}).get("ratio")
     return {key: value for key, value in flat.items() if value is not None}
 
