@@ -37,9 +37,11 @@ flow: $(READY) ## the same as a Prefect flow, a task per stage; FLOW=retrain, au
 	python -m tve_pipeline.flows $(FLOW)
 
 server: $(READY) ## Prefect's server and UI, on the loopback address
-	PREFECT_API_URL=$(FLOWS_URL) PREFECT_SERVER_UI_API_URL=$(FLOWS_URL) prefect server start --host 127.0.0.1
+	PREFECT_API_URL=$(FLOWS_URL) PREFECT_SERVER_UI_API_URL=$(FLOWS_URL) \
+	PREFECT_SERVER_CORS_ALLOWED_ORIGINS=$(FLOWS_URL:/api=),http://localhost:$(PREFECT_SERVER_API_PORT) \
+	prefect server start --host 127.0.0.1
 
-worker: export TVE_ROOT := $(CURDIR)
+worker: export TVE_ROOT ?= $(CURDIR)
 worker: export PREFECT_API_URL ?= $(FLOWS_URL)
 worker: $(READY) ## deploys prefect.yaml to the server, and runs what is scheduled or asked for
 	prefect work-pool inspect tve >/dev/null 2>&1 || prefect work-pool create tve --type process

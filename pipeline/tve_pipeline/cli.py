@@ -132,7 +132,14 @@ def diff(asked: argparse.Namespace) -> int:
 
 def verify(asked: argparse.Namespace) -> int:
     signer = own_signer(make=False)
-    found = verify_folder(asked.folder, trusted_keys(asked.root), signer.public_key if signer else None)
+    trusted = trusted_keys(asked.root)
+    if not asked.folder.is_dir():
+        raise ValueError(f"{asked.folder}: expected the folder of an export, got none")
+    try:
+        found = verify_folder(asked.folder, trusted, signer.public_key if signer else None)
+    except ValueError as error:  # a manifest that was deleted or cannot be read proves nothing
+        print(f"BROKEN: {asked.folder}: {error}")
+        return auditing.EXIT_CODES["BROKEN"]
     print(*found.problems, sep="\n", end="\n" if found.problems else "")
     proven = found.opened.standing in ("trusted", "own")
     verdict = "BROKEN" if found.problems else "OK" if proven else "UNPROVEN"
@@ -151,7 +158,12 @@ def keys(asked: argparse.Namespace) -> int:
     if own and own not in trusted:
         print(f"yours   {own[:SHORT]}, which others do not trust until `tve keys trust` is committed")
     if not own:
-        print(f"no key of yours yet; the first stage that runs makes {own_key_file() or 'none: TVE_SIGNING_KEY=none'}")
+        made = own_key_file()
+        print(
+            f"no key of yours yet; the first stage that runs makes {made}"
+            if made
+            else "nothing is signed here: TVE_SIGNING_KEY=none"
+        )
     return 0
 
 

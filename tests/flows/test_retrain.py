@@ -66,18 +66,47 @@ def verdict(number: int, passed: bool = True) -> Verdict:
     return Verdict(f"e{number}", "b", None, GOOD, passed, reasons, "2026-01-01T00:00:00Z", "run")
 
 
+def export(number: int) -> None:
+    """Puts an explainer in the place of the one that was there."""
+    config = Path("models/mini/export/vit_a/config.json")
+    config.parent.mkdir(parents=True, exist_ok=True)
+    config.write_text(json.dumps({"explainer_sha256": f"e{number}"}))
+
+
+def test_what_was_turned_down_or_never_judged_gets_no_version(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
+    registry.record("mini", "vit_a", verdict(1))  # passed, and was never published
+    export(2)
+    assert registry.publish("mini", "vit_a") is None
+    registry.record("mini", "vit_a", verdict(2, passed=False))
+    assert registry.publish("mini", "vit_a") is None
+    assert run("git", "tag", cwd=project).stdout == ""
+
+
+def test_the_same_explainer_of_another_file_is_no_second_verdict(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(project)
+    registry.record("mini", "vit_a", verdict(1))
+    registry.note_source("mini", "vit_a", verdict(1), "abc")
+    (known,) = registry.verdicts("mini", "vit_a")
+    assert (known.source_sha256, known.passed) == ("abc", True)
+
+
 def test_a_verdict_is_committed_and_what_passes_gets_a_version_once(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(project)
     (project / "notes.txt").write_text("not part of it")
     registry.record("mini", "vit_a", verdict(1))
+    export(1)
     assert registry.publish("mini", "vit_a") == "v0.0.1"
     assert registry.publish("mini", "vit_a") is None
     registry.record("mini", "vit_a", verdict(2, passed=False))
     assert registry.publish("mini", "vit_a") is None
     assert registry.in_service("mini", "vit_a") == verdict(1)
     registry.record("mini", "vit_a", verdict(3))
+    export(3)
     run("git", "add", "registry", cwd=project)  # cut short before the commit: the next run makes it whole
     assert registry.publish("mini", "vit_a") == "v0.0.2"
     log = run("git", "log", "--format=%s", cwd=project).stdout.splitlines()

@@ -115,6 +115,28 @@ def test_dvc_lock_edited(project: Path, what: str) -> None:
     assert ("broken", "lock", "train") in found(audit(project))
 
 
+@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages: {}\n", "stages:\n  draw: {cmd: a, deps: [{md5: b}]}\n"])
+def test_a_dvc_lock_that_dvc_did_not_write_is_broken(project: Path, text: str) -> None:
+    (project / "dvc.lock").write_text(text)
+    assert found(audit(project)) == {("broken", "lock", "")}
+    told = run("python", "-m", "tve_pipeline.cli", "audit", "--json", cwd=project, check=False)
+    assert (told.returncode, json.loads(told.stdout)["verdict"]) == (1, "BROKEN")
+
+
+def test_an_empty_dvc_lock_proves_nothing(project: Path) -> None:
+    (project / "dvc.lock").write_text("stages: {}\n")
+    assert found(audit(project)) == {("unproven", "lock", "")}
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../../secret"])
+def test_evidence_that_names_files_elsewhere_is_broken(project: Path, name: str) -> None:
+    def change(statement: dict) -> None:
+        statement["subject"][0]["name"] = name
+
+    rewrite(project, "train", change, signed=False)
+    assert ("broken", "evidence", "train") in found(audit(project))
+
+
 def test_evidence_deleted(project: Path) -> None:
     evidence(project, "train").unlink()
     assert found(audit(project)) == {("broken", "evidence", "train")}

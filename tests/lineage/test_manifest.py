@@ -39,7 +39,10 @@ def test_what_was_signed_is_whole_and_signs_to_the_same_bytes(
     monkeypatch.setenv("TVE_SIGNING_KEY", "none")
     assert main(["verify", str(folder)]) == 3
     assert "UNPROVEN: 2 files, untrusted" in capsys.readouterr().out
-    assert main(["verify", str(tmp_path)]) == 2
+    assert main(["verify", str(tmp_path / "nowhere")]) == 2
+    for left in ("{", None):  # garbled, then gone
+        (folder / FILE).write_text(left) if left else (folder / FILE).unlink()
+        assert main(["verify", str(folder)]) == 1
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ def sole_writer(who: str, say: Callable[[str], None] = print, *, shared: bool = 
     try:
         waited_for = ""
         while not _taken(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
-            holder = path.read_text().strip() or "a flow"
+            holder = path.read_text().strip() or "another flow"
             if holder != waited_for:
                 say(f"this working copy is held by {holder}; waiting for it")
                 waited_for = holder
@@ -43,6 +43,8 @@ def sole_writer(who: str, say: Callable[[str], None] = print, *, shared: bool = 
             os.pwrite(descriptor, f"{who} (process {os.getpid()})\n".encode(), 0)
         yield descriptor
     finally:
+        if not shared and _taken(descriptor, fcntl.LOCK_EX):
+            os.ftruncate(descriptor, 0)
         os.close(descriptor)
 
 

@@ -11,7 +11,7 @@ versions.
 import json
 import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import gto.api
@@ -62,6 +62,13 @@ def verdicts(profile: str, backbone: str) -> list[Verdict]:
     ]
 
 
+def note_source(profile: str, backbone: str, verdict: Verdict, source_sha256: str | None) -> None:
+    """Of an explainer that was judged before: the weights file that it came of this time."""
+    judged = verdicts(profile, backbone)
+    changed = [replace(each, source_sha256=source_sha256) if each == verdict else each for each in judged]
+    _write_verdicts(FOLDER / profile / f"{backbone}.json", changed)
+
+
 def in_service(profile: str, backbone: str) -> Verdict | None:
     """The newest that passed."""
     return next((each for each in reversed(verdicts(profile, backbone)) if each.passed), None)
@@ -73,10 +80,7 @@ def record(profile: str, backbone: str, verdict: Verdict) -> None:
     known = verdicts(profile, backbone)
     if verdict.passed:
         _write_artifact(artifact_name(profile, backbone), Path("models", profile, "export", backbone), verdict)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    write_json(unfinished, [asdict(each) for each in (*known, verdict)])
-    unfinished.replace(path)
+    _write_verdicts(path, (*known, verdict))
 
 
 def publish(profile: str, backbone: str) -> str | None:
@@ -97,8 +101,11 @@ def publish(profile: str, backbone: str) -> str | None:
         _commit([path, ARTIFACTS, Path("dvc.lock"), Path("evidence")], f"{backbone} ({profile}): {word}")
     name = artifact_name(profile, backbone)
     tags = (git("tag", "--list", f"{FOLDER.name}={name}@v*") or b"").split()
-    if len(tags) >= sum(each.passed for each in known):
+    if not last.passed or len(tags) >= sum(each.passed for each in known):
         return None
+    config = Path("models", profile, "export", backbone, "config.json")
+    if not config.is_file() or json.loads(config.read_text())["explainer_sha256"] != last.explainer_sha256:
+        return None  # what lies here now was never judged
     author, email = (("TVE", "tve@localhost"), (None, None))[bool(git("config", "user.email"))]
     message = summary(last.figures)
     tag = gto.api.register(".", f"{FOLDER.name}:{name}", ref="HEAD", message=message, author=author, author_email=email)
@@ -126,6 +133,13 @@ def _write_artifact(name: str, path: Path, verdict: Verdict) -> None:
     ARTIFACTS.write_text(
         yaml.safe_dump({"artifacts": dict(sorted(artifacts.items()))}, sort_keys=False, allow_unicode=True)
     )
+
+
+def _write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.partial")
+    write_json(unfinished, [asdict(each) for each in verdicts])
+    unfinished.replace(path)
 
 
 def _commit(paths: Sequence[Path], message: str) -> None:

@@ -96,7 +96,12 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
             for name in run.backbones:  # of a run that was cut short
                 registry.publish(profile, name)
         graph = stage_graph()
-        plan = [candidate(profile, name, run, graph) for name in run.backbones]
+        plan: list[Candidate] = []
+        for name in run.backbones:
+            try:
+                plan.append(candidate(profile, name, run, graph))
+            except (OSError, ValueError) as error:  # one backbone's weights file is gone: the others go on
+                became[name] = f"failed: {error}"
         new = new_in_timm(pattern, [load_backbone_params(name).architecture for name in run.backbones])
         create_markdown_artifact(
             plan_text(plan, new), key="retrain-plan", description="Which explainers are made, and why"
@@ -109,8 +114,13 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
             if failed := run_stages(graph, each.stale, force=each.force, keep_open=[lock]):
                 became[each.backbone] = f"failed: {failed[0]}"
                 continue
-            verdict = judge(profile, each.backbone, run, gate)
+            try:
+                verdict = judge(profile, each.backbone, run, gate)
+            except (OSError, ValueError, KeyError) as error:
+                became[each.backbone] = f"failed: it cannot be judged: {error!r}"
+                continue
             if known := verdict_on(profile, each.backbone, verdict.explainer_sha256):
+                registry.note_source(profile, each.backbone, known, verdict.source_sha256)
                 became[each.backbone] = (
                     f"the same explainer as before, {'in service' if known.passed else 'turned down'}"
                 )
@@ -119,7 +129,7 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
             version = registry.publish(profile, each.backbone) if publish else None
             word = f"in service{f' as {version}' if version else ''}" if verdict.passed else "turned down"
             became[each.backbone] = "; ".join([f"{word}: {registry.summary(verdict.figures)}", *verdict.reasons])
-        if any(each.why for each in plan):
+        if became.keys() - {each.backbone for each in plan if not each.why}:
             show_outcome(before)
             lines = ["| backbone | what became of it |", "|---|---|", *(f"| `{n}` | {w} |" for n, w in became.items())]
             create_markdown_artifact("\n".join(lines), key="retrain", description="What became of each backbone")

@@ -24,9 +24,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
-from tve_pipeline.flows.ownership import dead_runs, forget
+from tve_pipeline.flows.ownership import dead_runs, forget, own
 from tve_pipeline.flows.processes import GRACE_S
 from tve_pipeline.lineage.evidence import FLOW_RUN
 
@@ -39,6 +40,7 @@ PENDING_LIMIT_S = "TVE_PENDING_LIMIT_S"  # a worker that lives starts a run with
 @flow(name="sweep", log_prints=True, persist_result=True, result_serializer="json")
 def sweep() -> list[str]:
     """Looks for runs whose process is gone; returns a line for each."""
+    own(str(flow_run.id))
     found = sweep_up()
     if found:
         create_markdown_artifact("\n".join(f"- {line}" for line in found), key="sweep", description="What was left")

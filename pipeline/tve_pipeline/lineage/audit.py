@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from tve_pipeline.lineage.evidence import LOCK_FILE, evidence_path
 from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records
 from tve_pipeline.lineage.git import git
@@ -86,15 +88,35 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
     Raises:
         ValueError: no dvc.lock, or an artifact that no stage in it made.
     """
-    locked = load_lock(root)
+    try:
+        locked = load_lock(root)
+        _require_entries(locked)
+    except (yaml.YAMLError, TypeError, AttributeError) as error:
+        message = f"dvc.lock cannot be read: {' '.join(str(error).split())}"
+        return Report([], [Finding("broken", "lock", "", DVC_LOCK, message)], 0, 0)
     chosen = of_profile(locked, profile or active_profile(root)) if not artifacts else behind(locked, root, artifacts)
     stages = [
         StageEvidence(name, locked[name], evidence_path(name, lock_key(locked[name])).as_posix())
         for name in in_order({name: locked[name] for name in chosen})
     ]
+    if not stages:
+        message = (
+            f"no stage of the profile {profile or active_profile(root) or '(none)'} is in dvc.lock: nothing is proven"
+        )
+        return Report([], [Finding("unproven", "lock", "", DVC_LOCK, message)], 0, 0)
     auditor = _Auditor(root, stages)
     auditor.run()
     return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
+
+
+def _require_entries(locked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raises TypeError for an entry of dvc.lock that DVC did not write."""
+    for name, entry in locked.items():
+        for kind in ("deps", "outs"):
+            if not all(
+                isinstance(each, Mapping) and isinstance(each.get("path"), str) for each in entry.get(kind) or ()
+            ):
+                raise TypeError(f"{name}: expected a path in each of its {kind}")
 
 
 class _Auditor:

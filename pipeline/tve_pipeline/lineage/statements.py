@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from tve_pipeline.lineage.evidence import BUILD_TYPE, LOCK_FILE, PREDICATE_TYPE, evidence_path
@@ -96,5 +96,7 @@ def fill(stage: StageEvidence, statement: Mapping[str, Any]) -> None:
 
 def _records(descriptors: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, FileRecord]]:
     for each in descriptors:
-        digest = each["digest"]
+        digest, path = each["digest"], PurePosixPath(each["name"])
+        if path.is_absolute() or ".." in path.parts:
+            raise ValueError(f"expected names of files in this project, got {each['name']!r}")
         yield each["name"], FileRecord(each["annotations"]["size"], digest["sha256"], digest["md5"])
