@@ -5,3 +5,5 @@ against its evidence, `sweep` sees to what killed runs left. Below them: `stages
 and `supervise` (how a stage is run and what its end means), `ownership` (who writes, who lives), `registry` (which
 explainers are in service).
 """
+
+FLOWS = ("reproduce", "retrain", "audit", "sweep")

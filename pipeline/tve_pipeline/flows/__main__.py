@@ -8,7 +8,7 @@ import sys
 import urllib.request
 from importlib import import_module
 
-FLOWS = ("reproduce", "retrain", "audit", "sweep")
+from tve_pipeline.flows import FLOWS
 
 
 def main(arguments: list[str]) -> None:

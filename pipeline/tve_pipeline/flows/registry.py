@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import gto.api
 import yaml
@@ -62,6 +63,12 @@ def verdicts(profile: str, backbone: str) -> list[Verdict]:
     ]
 
 
+def exported(profile: str, backbone: str) -> dict[str, Any]:
+    """The configuration of the explainer that lies here now; empty where there is none."""
+    config = Path("models", profile, "export", backbone, "config.json")
+    return dict(json.loads(config.read_text())) if config.is_file() else {}
+
+
 def note_source(profile: str, backbone: str, verdict: Verdict, source_sha256: str | None) -> None:
     """Of an explainer that was judged before: the weights file that it came of this time."""
     judged = verdicts(profile, backbone)
@@ -103,8 +110,7 @@ def publish(profile: str, backbone: str) -> str | None:
     tags = (git("tag", "--list", f"{FOLDER.name}={name}@v*") or b"").split()
     if not last.passed or len(tags) >= sum(each.passed for each in known):
         return None
-    config = Path("models", profile, "export", backbone, "config.json")
-    if not config.is_file() or json.loads(config.read_text())["explainer_sha256"] != last.explainer_sha256:
+    if exported(profile, backbone).get("explainer_sha256") != last.explainer_sha256:
         return None  # what lies here now was never judged
     author, email = (("TVE", "tve@localhost"), (None, None))[bool(git("config", "user.email"))]
     message = summary(last.figures)

@@ -38,6 +38,7 @@ from tve_pipeline.flows.stages import MOST_AT_ONCE, run_stages, stage_graph, sta
 from tve_pipeline.params import RunParams, active_profile, existing_path, load_backbone_params, load_section
 
 METHOD = "tve"
+NOTHING = "nothing to do"
 NOT_FILES = ("train", "timm", "random")
 
 
@@ -108,7 +109,7 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
         )
         for each in plan:
             if not each.why:
-                became[each.backbone] = "nothing to do"
+                became[each.backbone] = NOTHING
                 continue
             print(f"{each.backbone}: {each.why}; {len(each.stale)} stages")
             if failed := run_stages(graph, each.stale, force=each.force, keep_open=[lock]):
@@ -129,7 +130,7 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
             version = registry.publish(profile, each.backbone) if publish else None
             word = f"in service{f' as {version}' if version else ''}" if verdict.passed else "turned down"
             became[each.backbone] = "; ".join([f"{word}: {registry.summary(verdict.figures)}", *verdict.reasons])
-        if became.keys() - {each.backbone for each in plan if not each.why}:
+        if any(word != NOTHING for word in became.values()):
             show_outcome(before)
             lines = ["| backbone | what became of it |", "|---|---|", *(f"| `{n}` | {w} |" for n, w in became.items())]
             create_markdown_artifact("\n".join(lines), key="retrain", description="What became of each backbone")
@@ -155,7 +156,7 @@ def candidate(profile: str, backbone: str, run: RunParams, graph: Mapping[str, S
         return Candidate(backbone, "its weights file changed", _after(graph, wanted, {first, *stale}), (first,))
     if stale:
         return Candidate(backbone, f"what its explainer was made from changed, first {stale[0]}", tuple(stale))
-    if not verdict_on(profile, backbone, _explainer_sha256(profile, backbone)):
+    if not verdict_on(profile, backbone, str(registry.exported(profile, backbone).get("explainer_sha256"))):
         return Candidate(backbone, "its explainer was never judged", ())
     return Candidate(backbone, "", ())
 
@@ -177,7 +178,7 @@ def source_sha256(backbone: str) -> str | None:
 def judge(profile: str, backbone: str, run: RunParams, gate: Gate) -> Verdict:
     """Holds an explainer that was made against the gate and the one in service."""
     figures = figures_of(profile, backbone, run)
-    config = json.loads(Path("models", profile, "export", backbone, "config.json").read_text())
+    config = registry.exported(profile, backbone)
     served = registry.in_service(profile, backbone)
     reasons = shortcomings(figures, served.figures if served else None, gate)
     return Verdict(
@@ -291,8 +292,3 @@ def _after(graph: Mapping[str, Sequence[str]], wanted: set[str], changed: set[st
         if any(each in changed for each in graph[name]):
             changed = changed | {name}
     return tuple(name for name in order if name in changed)
-
-
-def _explainer_sha256(profile: str, backbone: str) -> str:
-    document = json.loads(Path("models", profile, "export", backbone, "config.json").read_text())
-    return str(document["explainer_sha256"])

@@ -27,11 +27,11 @@ from prefect.exceptions import ObjectNotFound
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Crashed
 
+from tve_pipeline.flows import FLOWS
 from tve_pipeline.flows.ownership import dead_runs, forget, own
 from tve_pipeline.flows.processes import GRACE_S
 from tve_pipeline.lineage.evidence import FLOW_RUN
 
-OUR_FLOWS = ["reproduce", "retrain", "audit", "sweep"]
 MOST_ATTEMPTS = 3
 ATTEMPT = "attempt:"  # tag of a run that was begun again
 PENDING_LIMIT_S = "TVE_PENDING_LIMIT_S"  # a worker that lives starts a run within seconds
@@ -113,7 +113,7 @@ def _begin_again(client: SyncPrefectClient, run: FlowRun) -> FlowRun | None:
 def _never_started(client: SyncPrefectClient) -> Iterable[FlowRun]:
     limit = timedelta(seconds=float(os.environ.get(PENDING_LIMIT_S, "300")))
     pending = client.read_flow_runs(
-        flow_filter=FlowFilter(name=FlowFilterName(any_=OUR_FLOWS)),
+        flow_filter=FlowFilter(name=FlowFilterName(any_=list(FLOWS))),
         flow_run_filter=FlowRunFilter(state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))),
     )
     now = datetime.now(UTC)

@@ -92,21 +92,22 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
         locked = load_lock(root)
         _require_entries(locked)
     except (yaml.YAMLError, TypeError, AttributeError) as error:
-        message = f"dvc.lock cannot be read: {' '.join(str(error).split())}"
-        return Report([], [Finding("broken", "lock", "", DVC_LOCK, message)], 0, 0)
-    chosen = of_profile(locked, profile or active_profile(root)) if not artifacts else behind(locked, root, artifacts)
+        return _without_stages("broken", f"dvc.lock cannot be read: {' '.join(str(error).split())}")
+    profile = profile or active_profile(root)
+    chosen = of_profile(locked, profile) if not artifacts else behind(locked, root, artifacts)
     stages = [
         StageEvidence(name, locked[name], evidence_path(name, lock_key(locked[name])).as_posix())
         for name in in_order({name: locked[name] for name in chosen})
     ]
     if not stages:
-        message = (
-            f"no stage of the profile {profile or active_profile(root) or '(none)'} is in dvc.lock: nothing is proven"
-        )
-        return Report([], [Finding("unproven", "lock", "", DVC_LOCK, message)], 0, 0)
+        return _without_stages("unproven", f"no stage of the profile {profile!r} is in dvc.lock: nothing is proven")
     auditor = _Auditor(root, stages)
     auditor.run()
     return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
+
+
+def _without_stages(severity: Severity, message: str) -> Report:
+    return Report([], [Finding(severity, "lock", "", DVC_LOCK, message)], 0, 0)
 
 
 def _require_entries(locked: Mapping[str, Mapping[str, Any]]) -> None:
