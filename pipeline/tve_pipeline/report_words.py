@@ -1,13 +1,13 @@
 """The report's sentences: the headline, the protocol, and what was cut short."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tve.fidelity.controls import CONTROLS
 from tve.figures import style_of
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_results import Results
-from tve_pipeline.report_tables import number, percent, times, verdict_of
+from tve_pipeline.report_tables import in_table_order, number, percent, times, verdict_of
 
 OWN = ("tve", "exact_windows")  # how the names of TVE's forms and of its reference begin
 Words = tuple[str, list[dict[str, str]]]  # a sentence, and the large figures that it holds
@@ -187,13 +187,28 @@ def _rivals_words(results: Results, trained_for: Mapping[str, str]) -> Words:
                     continue
                 verdicts = [verdict_of(found[fidelity], fidelity) for fidelity in FIDELITIES]
                 balance[method] = balance.get(method, 0) + verdicts.count("better") - verdicts.count("worse")
-    won, lost = ([style_of(m).label for m, n in balance.items() if sign * n > 0] for sign in (1, -1))
+    won, lost = (_listed(method for method, n in balance.items() if sign * n > 0) for sign in (1, -1))
     if not won and not lost:
         return "", []
     return (
         "Counted over tasks and both fidelities, it is more often significantly better than worse against "
-        f"{'; '.join(won) or 'no other method'}, and more often worse against {'; '.join(lost) or 'none'}.",
+        f"{won or 'no other method'}, and more often worse against {lost or 'none'}.",
         [],
+    )
+
+
+def _listed(methods: Iterable[str]) -> str:
+    """Methods in the order of the tables, each once: "RISE with 10, 20 masked copies; Attention rollout"."""
+    budgets: dict[str, list[str]] = {}
+    for method in in_table_order(methods):
+        label = style_of(method).label
+        name, _, budget = label.partition(", ")
+        if budget.isdigit():
+            budgets.setdefault(name, []).append(budget)
+        else:
+            budgets[label] = []
+    return "; ".join(
+        f"{name} with {', '.join(those)} masked copies" if those else name for name, those in budgets.items()
     )
 
 
