@@ -13,8 +13,9 @@ from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer, ExplainerConfig
 from tve.export import load_explainer, save_explainer
 from tve.meta_attribution import exact_windows
+from tve.optimisation import NonFiniteLossError
 from tve.pictures import PictureBatch
-from tve.training import NonFiniteLossError, TrainingConfig, TrainingResult, predict, pretrain
+from tve.training import TrainingConfig, TrainingResult, predict, pretrain
 from tve.two_networks import TwoNetworksConfig
 
 VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 5}

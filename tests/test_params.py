@@ -22,7 +22,7 @@ from tve_pipeline.params import (
     load_params,
     load_section,
 )
-from tve_pipeline.pretrain import PretrainParams
+from tve_pipeline.pretraining import PretrainParams
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = sorted((ROOT / "profiles").glob("*.yaml"))

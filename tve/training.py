@@ -12,7 +12,6 @@ nothing of it enters the loss.
 import csv
 import hashlib
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -39,6 +38,7 @@ from tve.objective import (
     target_scale,
     trivial_answers,
 )
+from tve.optimisation import adamw, descend, set_learning_rates
 from tve.pictures import PictureBatch
 from tve.precision import RequestedPrecision, choose_precision
 
@@ -73,10 +73,6 @@ class TrainingResult:
     rows: list[Row]
     elapsed_s: float
     resumed_from_step: int
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss became NaN or infinite; names the step and the pictures."""
 
 
 def pretrain(
@@ -121,7 +117,7 @@ def pretrain(
     for step in range(start_step, config.num_steps):
         batch = next(stream)
         images = batch.images_B3SS.to(device, non_blocking=True)
-        _set_learning_rates(optimizer, step, config)
+        set_learning_rates(optimizer, step, config.num_steps, config.warmup_steps)
         kept_loss, removed_loss = _step(explainer, evaluator, optimizer, images, scale, config, step, batch.keys)
         progress.update()
         done = step + 1
@@ -219,15 +215,7 @@ def _step(
         predicted = explainer(images)
     kept_loss, removed_loss = regression_loss(predicted, targets, scale)
     loss = kept_loss + removed_loss
-    if not math.isfinite(loss.item()):
-        raise NonFiniteLossError(
-            f"step {step}: expected a finite loss, got {loss.item()} on pictures {', '.join(keys)}; "
-            "lower pretrain.learning_rate, or look at these pictures"
-        )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_((p for group in optimizer.param_groups for p in group["params"]), 1.0)
-    optimizer.step()
+    descend(optimizer, loss, f"step {step}", keys, "lower pretrain.learning_rate")
     return kept_loss.item(), removed_loss.item()
 
 
@@ -265,14 +253,7 @@ def _optimizer(explainer: Explainer, config: TrainingConfig) -> torch.optim.Opti
     groups: list[dict[str, Any]] = [{"params": rest, "peak": config.learning_rate}]
     if trunk:
         groups.append({"params": trunk, "peak": config.trunk_learning_rate})
-    return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-
-
-def _set_learning_rates(optimizer: torch.optim.Optimizer, step: int, config: TrainingConfig) -> None:
-    warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-    cosine = 0.5 * (1 + math.cos(math.pi * step / config.num_steps))
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * warmup * cosine
+    return adamw(groups, config.weight_decay)
 
 
 def _save_checkpoint(

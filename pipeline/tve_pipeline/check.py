@@ -47,11 +47,12 @@ from tve_pipeline.params import (
     load_params,
     load_section,
 )
-from tve_pipeline.pretrain import HELD_OUT_SPLIT, TRAIN_SPLIT, PretrainParams, build_explainer
+from tve_pipeline.pretraining import HELD_OUT_SPLIT, TRAIN_SPLIT, PretrainParams, build_explainer
 from tve_pipeline.report import ReportParams
 from tve_pipeline.scenes import SPLIT_IDS, TASKS
 from tve_pipeline.shapley import ShapleyParams
 from tve_pipeline.shards import plan_pictures
+from tve_pipeline.two_networks import TwoNetworksStageParams
 
 
 class ExportParams(Section):
@@ -65,6 +66,7 @@ STAGE_SECTIONS: dict[str, type[BaseModel]] = {
     "export": ExportParams,
     "heads": heads.HeadsParams,
     "shapley": ShapleyParams,
+    "two_networks": TwoNetworksStageParams,
     "evaluate": EvaluateParams,
     "examine": ExamineParams,
     "compare": CompareParams,
@@ -85,8 +87,16 @@ class Profile:
     pretrain: PretrainParams
     heads: heads.HeadsParams
     shapley: ShapleyParams
+    two_networks: TwoNetworksStageParams
     evaluate: EvaluateParams
     examine: ExamineParams
+
+    def pretrainings(self) -> dict[str, PretrainParams]:
+        """By section, how explainers are pre-trained."""
+        found = {"pretrain": self.pretrain}
+        return found | (
+            {"two_networks.train": self.two_networks.beside(self.pretrain)} if self.run.two_networks else {}
+        )
 
 
 def main(argv: list[str]) -> None:
@@ -95,8 +105,9 @@ def main(argv: list[str]) -> None:
     check_run(profile)
     num_pictures = {name: check_source(name, profile.datasets[name]) for name in profile.run.datasets}
     check_num_pictures(profile, num_pictures)
-    if profile.pretrain.mae is not None and profile.pretrain.mae.weights is not None:
-        existing_path(profile.pretrain.mae.weights, "pretrain.mae.weights")
+    for section, params in profile.pretrainings().items():
+        if params.mae is not None and params.mae.weights is not None:
+            existing_path(params.mae.weights, f"{section}.mae.weights")
     for name in profile.run.backbones:
         check_backbone(name, profile)
     with whole_folder(Path("results", profile.name, "check")) as folder:
@@ -126,6 +137,7 @@ def parse_profile() -> Profile:
         pretrain=load_section("pretrain", PretrainParams),
         heads=load_section("heads", heads.HeadsParams),
         shapley=load_section("shapley", ShapleyParams),
+        two_networks=load_section("two_networks", TwoNetworksStageParams),
         evaluate=load_section("evaluate", EvaluateParams),
         examine=load_section("examine", ExamineParams),
     )
@@ -145,6 +157,7 @@ def check_run(profile: Profile) -> None:
     """
     run, datasets = profile.run, profile.datasets
     _require_known("run.backbones", run.backbones, profile.backbones)
+    _require_known("run.two_networks", run.two_networks, run.backbones)
     _require_known("run.datasets", run.datasets, datasets)
     _require_known("run.pretrain_dataset", [run.pretrain_dataset], run.datasets)
     _require_known("run.task_datasets", run.task_datasets, run.datasets)
@@ -224,8 +237,9 @@ def check_num_pictures(profile: Profile, num_pictures: Mapping[str, Mapping[str,
 
     run, params, training = profile.run, profile.pretrain, profile.backbone.train
     require("pretrain.batch_size", params.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
-    if params.mae is not None and params.mae.weights is None:
-        require("pretrain.mae.batch_size", params.mae.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
+    for section, each in profile.pretrainings().items():
+        if each.mae is not None and each.mae.weights is None:
+            require(f"{section}.mae.batch_size", each.mae.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
     require("pretrain.num_evaluation_pictures", params.num_evaluation_pictures, run.pretrain_dataset, HELD_OUT_SPLIT)
     shapley = profile.shapley
     require("shapley.batch_size", shapley.batch_size, run.pretrain_dataset, TRAIN_SPLIT)
@@ -255,7 +269,8 @@ def check_backbone(name: str, profile: Profile) -> None:
         if params.removal == "drop":
             require_droppable(backbone)
         with torch.device("meta"):  # shapes only
-            build_explainer(backbone, profile.pretrain, params.removal)
+            for each in profile.pretrainings().values():
+                build_explainer(backbone, each, params.removal)
         _check_grid(backbone, profile)
 
 

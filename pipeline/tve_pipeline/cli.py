@@ -114,8 +114,9 @@ def show(asked: argparse.Namespace) -> int:
 def crate(asked: argparse.Namespace) -> int:
     report = auditing.audit(asked.root, asked.artifacts, profile=asked.profile)
     title = f"TVE, {asked.profile or active_profile(asked.root)}"
-    asked.output.write_text(json.dumps(run_crate(report, title), indent=2) + "\n")
-    print(f"{asked.output}: {report.verdict}")
+    output = asked.output or asked.root / METADATA_FILE  # beside what it describes
+    output.write_text(json.dumps(run_crate(report, title, asked.license), indent=2) + "\n")
+    print(f"{output}: {report.verdict}")
     return report.exit_code
 
 
@@ -188,7 +189,8 @@ def _parser() -> argparse.ArgumentParser:
     each = lineage.add_parser("crate", help="the runs as a Workflow Run RO-Crate")
     each.add_argument("artifacts", nargs="*", metavar="ARTIFACT", help="files or folders; none: all of the profile")
     each.add_argument("--profile", help="whose stages; by default that of params.yaml")
-    each.add_argument("--output", type=Path, default=Path(METADATA_FILE), metavar="FILE")
+    each.add_argument("--license", default="MIT", metavar="SPDX", help="of what is in the crate; by default MIT")
+    each.add_argument("--output", type=Path, metavar="FILE", help=f"by default {METADATA_FILE} in the root")
     each.set_defaults(run=crate)
     each = lineage.add_parser("diff", help="what differs between two runs")
     each.add_argument("one", metavar="A", help="an evidence file, a git revision or a DVC experiment")

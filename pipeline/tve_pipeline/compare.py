@@ -25,7 +25,6 @@ from tve_pipeline.measure_names import FIDELITIES, MEASURES
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import Count, RunParams, Section, Seed, active_profile, load_params, load_section
 
-SHAPLEY = "vit_shapley"  # the one method with a training stage of its own
 REFERENCE, EXACT = "tve", "exact_windows"
 ROBUSTNESS_MEASURES = ("road", "infidelity", "sensitivity")  # of the first pictures alone
 OBJECT_MEASURES = ("mass_inside", "pointing", "average_precision")
@@ -66,7 +65,7 @@ def main(argv: list[str]) -> None:
     params, run = load_section("compare", CompareParams), load_section("run", RunParams)
     suffix = SUFFIXES[load_params()["evaluate"]["per_patch"]]
     with whole_folder(Path("results", profile, "compare", cell)) as folder:
-        compare(Path("results", profile, "evaluate", cell), (*run.methods, SHAPLEY), params, suffix, folder)
+        compare(Path("results", profile, "evaluate", cell), run.methods_of(backbone), params, suffix, folder)
 
 
 def compare(evaluated: Path, methods: Sequence[str], params: CompareParams, suffix: str, folder: Path) -> None:

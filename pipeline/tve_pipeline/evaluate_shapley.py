@@ -12,9 +12,7 @@ from tve.baselines.method import Method
 from tve.baselines.vit_shapley import CONFIG_FILE, VitShapley, load_vit_shapley
 from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluation import Given, run_cell
-from tve_pipeline.params import active_profile
-
-NAME = "vit_shapley"
+from tve_pipeline.params import VIT_SHAPLEY, active_profile
 
 
 def main(argv: list[str]) -> None:
@@ -26,10 +24,10 @@ def main(argv: list[str]) -> None:
 
     trained = json.loads((folder / CONFIG_FILE).read_text())
     if reason := trained.get("not_defined"):
-        run_cell(backbone, dataset, NAME, {}, build, lambda _: reason)
+        run_cell(backbone, dataset, VIT_SHAPLEY, {}, build, lambda _: reason)
         return
     settings = {name: trained[name] for name in ("vit_shapley_sha256", "surrogate_sha256", "facts")}
-    run_cell(backbone, dataset, NAME, settings, build)
+    run_cell(backbone, dataset, VIT_SHAPLEY, settings, build)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,14 @@ python -m tve_pipeline.export BACKBONE
 import json
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 from tve.backbones import open_backbone
-from tve.explainer import Explainer, ExplainerConfig
 from tve.export import CONFIG_FILE, load_explainer, save_explainer
-from tve.two_networks import TwoNetworksConfig
 from tve_pipeline.entry import run_stage
 from tve_pipeline.lineage.keys import own_signer
 from tve_pipeline.lineage.manifest import sign_folder
 from tve_pipeline.outputs import whole_folder
 from tve_pipeline.params import RunParams, active_profile, load_section
+from tve_pipeline.trained import open_trained
 
 FACTS = ("r2_kept", "r2_removed", "trivial_mean_r2_kept", "trivial_full_r2_removed", "num_steps", "initialisation")
 
@@ -24,12 +21,8 @@ FACTS = ("r2_kept", "r2_removed", "trivial_mean_r2_kept", "trivial_full_r2_remov
 def main(argv: list[str]) -> None:
     (name,) = argv
     profile = active_profile()
-    trained = Path("models", profile, "pretrain", name)
-    document = json.loads((trained / "config.json").read_text())
-    settings = document["explainer"] | {"two_networks": TwoNetworksConfig(**document["explainer"]["two_networks"])}
-    explainer = Explainer(open_backbone(Path("models", profile, "backbone", name)), ExplainerConfig(**settings))
-    explainer.load_trained_state(load_file(trained / "explainer.safetensors"))
-
+    backbone = open_backbone(Path("models", profile, "backbone", name))
+    explainer = open_trained(Path("models", profile, "pretrain", name), backbone)
     metrics = json.loads(Path("results", profile, "pretrain", name, "metrics.json").read_text())
     facts = {key: metrics[key] for key in FACTS} | {"pictures": load_section("run", RunParams).pretrain_dataset}
     with whole_folder(Path("models", profile, "export", name)) as folder:

@@ -40,6 +40,7 @@ from tve_pipeline.compare import read_cell
 from tve_pipeline.evaluate_measures import object_patches
 from tve_pipeline.goal_lines import Goals
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
+from tve_pipeline.params import RunParams, load_section
 from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
@@ -206,9 +207,9 @@ def cells(profile: str) -> list[tuple[str, str]]:
     return [(backbone, dataset) for backbone in run["backbones"] for dataset in run["task_datasets"]]
 
 
-def methods_of(profile: str) -> tuple[str, ...]:
-    """What `run.methods` of a profile names."""
-    return tuple(_params(profile)["run"]["methods"])
+def methods_of(profile: str, backbone: str) -> tuple[str, ...]:
+    """What is evaluated of a backbone of a profile."""
+    return load_section("run", RunParams, _file(profile)).methods_of(backbone)
 
 
 def section_of(profile: str, name: str) -> dict[str, Any]:
@@ -252,7 +253,11 @@ def _make(target: str, folder: Path, environment: dict[str, str]) -> tuple[int, 
 
 
 def _params(profile: str) -> Any:
-    return yaml.safe_load(Path("profiles", f"{profile}.yaml").read_text())
+    return yaml.safe_load(_file(profile).read_text())
+
+
+def _file(profile: str) -> Path:
+    return Path("profiles", f"{profile}.yaml")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from tve.meta_attribution import exact_windows
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule, class_maps
-from tve_pipeline.compare import SHAPLEY, CellScores, read_cell
+from tve_pipeline.compare import CellScores, read_cell
 from tve_pipeline.evaluate_measures import EvaluateParams
 from tve_pipeline.evaluation import load_task_heads
 from tve_pipeline.examine import ExamineParams, examined
@@ -113,7 +113,7 @@ def read_columns(profile: str, num_pictures: int | None) -> Iterator[Column]:
     """Every task of every backbone of a profile."""
     for backbone, dataset in cells(profile):
         folder = Path("results", profile, "evaluate", f"{backbone}-{dataset}")
-        cell = read_cell(folder, (*methods_of(profile), SHAPLEY))
+        cell = read_cell(folder, methods_of(profile, backbone))
         assert cell is not None, folder
         for task in cell.tasks:
             yield Column(f"{backbone}, {task}", _fidelities(cell, task, num_pictures))

@@ -1,4 +1,4 @@
-"""Output folders that are there whole or not at all."""
+"""Output folders and files that are there whole or not at all."""
 
 import json
 import shutil
@@ -26,6 +26,19 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     partial.rename(folder)
 
 
+def write_whole(path: Path, text: str) -> None:
+    """A file that is there whole or, where it cannot be written, as it was; its folder is made if absent."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
 def write_json(path: Path, document: Any) -> None:
+    """A document into a folder that is not there yet for others."""
+    path.write_text(json_text(document))
+
+
+def json_text(document: Any) -> str:
     """Sorted, indented, with a closing newline: equal documents are equal bytes."""
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+    return json.dumps(document, indent=2, sort_keys=True) + "\n"

@@ -20,6 +20,7 @@ from tve.removal import Removal
 PARAMS_FILE = Path("params.yaml")
 DATA_VARIABLE = "$TVE_DATA"
 DEFAULT_DATA_FOLDER = "../shared/data"
+VIT_SHAPLEY, TWO_NETWORKS = "vit_shapley", "tve_two_networks"  # methods that have a training stage of their own
 # In file names, DVC's stage names and tar members these never need quoting.
 NAME_PATTERN = r"^[A-Za-z0-9_]+$"
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -76,8 +77,13 @@ class RunParams(Section):
     datasets: tuple[Name, ...] = Field(min_length=1)  # everything that `shards` makes
     pretrain_dataset: Name
     task_datasets: tuple[Name, ...] = Field(min_length=1)  # what `heads` and `evaluate` run on
-    methods: tuple[Name, ...] = Field(min_length=1)  # what `evaluate` runs, beside the trained `vit_shapley`
+    methods: tuple[Name, ...] = Field(min_length=1)  # what `evaluate` runs
+    two_networks: tuple[Name, ...]  # backbones for which the paper's form of the explainer is trained too
     backbone_reads: str  # a path that the backbone stage depends on
+
+    def methods_of(self, backbone: str) -> tuple[str, ...]:
+        """What is evaluated of a backbone: `methods`, and those that have a training stage of their own."""
+        return (*self.methods, VIT_SHAPLEY, *([TWO_NETWORKS] if backbone in self.two_networks else []))
 
 
 class ScenesDataset(Section):
@@ -233,7 +239,7 @@ def load_section(name: str, model: type[AnySection], path: Path = PARAMS_FILE) -
 
 
 def active_profile(path: Path = PARAMS_FILE) -> str:
-    """The name of the profile that params.yaml points to; every output lies below it.
+    """The name of the profile whose values params.yaml holds; every output lies below it.
 
     Raises:
         ValueError: no name, or one that is no plain word.

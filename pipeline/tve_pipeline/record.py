@@ -13,7 +13,6 @@ import subprocess
 from pathlib import Path
 
 from tve.digests import file_sha256
-from tve_pipeline.compare import SHAPLEY
 from tve_pipeline.entry import run_stage
 from tve_pipeline.outputs import whole_folder, write_json
 from tve_pipeline.params import PARAMS_FILE, RunParams, active_profile, load_section
@@ -29,7 +28,7 @@ def main(argv: list[str]) -> None:
         shutil.copy(results / "pretrain" / backbone / "training.csv", folder / "training.csv")
         for dataset in run.task_datasets:
             name = f"{backbone}-{dataset}"
-            for method in (*run.methods, SHAPLEY):
+            for method in run.methods_of(backbone):
                 scores = results / "evaluate" / name / method / "scores.csv"
                 if scores.is_file():
                     _pack(scores, folder / f"scores-{dataset}-{method}.csv.gz")

@@ -10,7 +10,11 @@ from tve_pipeline.report_results import REFERENCES, Results, in_order
 
 # In the order of the tables; a number at the end of a name is a budget of evaluations.
 GROUPS = (
-    ("tve", "tve_mean", "tve_u", "tve_hg", "tve_untrained", "tve_untrained_mean", "tve_untrained_u"),
+    (
+        *("tve", "tve_mean", "tve_u", "tve_hg"),
+        *("tve_two_networks", "tve_two_networks_mean", "tve_two_networks_u"),
+        *("tve_untrained", "tve_untrained_mean", "tve_untrained_u"),
+    ),
     ("vit_shapley",),
     ("integrated_gradients", "deep_lift", "gradient_shap", "grad_cam", "rollout", "attn_lrp"),
     ("rise", "kernel_shap", "lime", "occlusion"),

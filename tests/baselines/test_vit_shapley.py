@@ -32,9 +32,9 @@ from tve.baselines.vit_shapley_training import (
 )
 from tve.evaluator import CoalitionEvaluator
 from tve.fidelity.v_information import all_coalitions, coalition_index, shapley_values
+from tve.optimisation import NonFiniteLossError
 from tve.pictures import PictureBatch
 from tve.removal import Removal
-from tve.training import NonFiniteLossError
 
 CONFIG = VitShapleyConfig(
     trunk="trained",

@@ -353,7 +353,7 @@ def test_a_stage_from_dvcs_run_cache_has_the_evidence_of_that_run(project: Path)
 
 
 def test_the_crate_describes_every_run_and_names_nothing_that_is_not_in_it(project: Path) -> None:
-    document = crate(audit(project), "mini")
+    document = crate(audit(project), "mini", "CC-BY-4.0")
     by_id = {each["@id"]: each for each in document["@graph"]}
     assert len(by_id) == len(document["@graph"])
 
@@ -368,4 +368,5 @@ def test_the_crate_describes_every_run_and_names_nothing_that_is_not_in_it(proje
     assert set(references(document["@graph"])) - outside <= set(by_id)
     for stage, made in (("draw", f"{SHARDS}/0.tar"), ("train", MODEL), ("score", METRIC)):
         assert {"@id": made} in by_id[f"#run-{stage}"]["result"]
+    assert by_id["./"]["license"] == {"@id": "https://spdx.org/licenses/CC-BY-4.0"}
     assert by_id[MODEL]["sha256"] == records([project / MODEL], md5=False)[str(project / MODEL)].sha256

@@ -8,7 +8,6 @@ it was trained can be its own surrogate (no surrogate steps). The paper's loss (
 and the mean over classes where a sum stands here: constants.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,11 +31,12 @@ from tve.baselines.vit_shapley import (
     untrained,
 )
 from tve.evaluator import CoalitionEvaluator, require_droppable
+from tve.optimisation import adamw, descend, set_learning_rates
 from tve.pictures import PictureBatch
 from tve.plain_vits import pools_prefix
 from tve.precision import choose_precision
 from tve.removal import Removal, zero_pixels
-from tve.training import LOG_EVERY, NonFiniteLossError, Row
+from tve.training import LOG_EVERY, Row
 
 HELD_OUT_BATCH = 64
 
@@ -255,26 +255,16 @@ def _optimise(
     measured: Callable[[], Row] = dict,
 ) -> list[Row]:
     """AdamW on the loss of a batch of pictures and a generator of its own; the log of every few steps."""
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    optimizer = adamw(groups, config.weight_decay)
     rows: list[Row] = []
     losses: list[float] = []  # since the last row
     started = time.perf_counter()
     for step in tqdm(range(num_steps), desc=name, unit="step", mininterval=2.0):
         batch = next(batches)
-        warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
-        for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * warmup * 0.5 * (1 + math.cos(math.pi * step / num_steps))
+        set_learning_rates(optimizer, step, num_steps, config.warmup_steps)
         loss = loss_of(batch.images_B3SS.to(device), generator_of(config.seed, name, str(step)))
+        descend(optimizer, loss, f"{name}, step {step}", batch.keys, "lower the learning rate")
         losses.append(loss.item())
-        if not math.isfinite(losses[-1]):
-            raise NonFiniteLossError(
-                f"{name}, step {step}: expected a finite loss, got {losses[-1]} on pictures {', '.join(batch.keys)}; "
-                "lower the learning rate, or look at these pictures"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_((each for group in optimizer.param_groups for each in group["params"]), 1.0)
-        optimizer.step()
         done = step + 1
         evaluates = done % config.evaluate_every == 0 or done == num_steps
         if done % LOG_EVERY == 0 or evaluates:

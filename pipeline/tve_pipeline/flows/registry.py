@@ -19,7 +19,7 @@ import gto.api
 import yaml
 
 from tve_pipeline.lineage.git import git
-from tve_pipeline.outputs import write_json
+from tve_pipeline.outputs import json_text, write_whole
 
 FOLDER = Path("registry")
 ARTIFACTS = FOLDER / "dvc.yaml"
@@ -142,10 +142,7 @@ def _write_artifact(name: str, path: Path, verdict: Verdict) -> None:
 
 
 def _write_verdicts(path: Path, verdicts: Sequence[Verdict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    write_json(unfinished, [asdict(each) for each in verdicts])
-    unfinished.replace(path)
+    write_whole(path, json_text([asdict(each) for each in verdicts]))
 
 
 def _commit(paths: Sequence[Path], message: str) -> None:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import fmean
 
@@ -34,7 +33,7 @@ from tve_pipeline.flows.reproduce import (
     stages_of_lock,
     surroundings,
 )
-from tve_pipeline.flows.stages import MOST_AT_ONCE, run_stages, stage_graph, stale_stages, with_ancestors
+from tve_pipeline.flows.stages import MOST_AT_ONCE, run_stages, stage_graph, stale_stages, with_ancestors, with_later
 from tve_pipeline.params import RunParams, active_profile, existing_path, load_backbone_params, load_section
 
 METHOD = "tve"
@@ -145,7 +144,8 @@ def retrain(gate: Gate | None = None, pattern: str | None = None, publish: bool 
 def candidate(profile: str, backbone: str, run: RunParams, graph: Mapping[str, Sequence[str]]) -> Candidate:
     """Whether a backbone needs an explainer, or its explainer a verdict, and why."""
     wanted = with_ancestors(graph, targets(profile, backbone, run))
-    stale = stale_stages({name: graph[name] for name in wanted})
+    of_backbone = {name: graph[name] for name in wanted}
+    stale = stale_stages(of_backbone)
     locked = stages_of_lock()
     known = registry.verdicts(profile, backbone)
     source = source_sha256(backbone)
@@ -153,7 +153,9 @@ def candidate(profile: str, backbone: str, run: RunParams, graph: Mapping[str, S
         return Candidate(backbone, "no explainer was made for it", tuple(stale))
     if known and source is not None and known[-1].source_sha256 not in (None, source):
         first = f"backbone@{profile}-{backbone}"
-        return Candidate(backbone, "its weights file changed", _after(graph, wanted, {first, *stale}), (first,))
+        return Candidate(
+            backbone, "its weights file changed", tuple(with_later(of_backbone, {first, *stale})), (first,)
+        )
     if stale:
         return Candidate(backbone, f"what its explainer was made from changed, first {stale[0]}", tuple(stale))
     if not verdict_on(profile, backbone, str(registry.exported(profile, backbone).get("explainer_sha256"))):
@@ -283,12 +285,3 @@ def _gap(figures: Figures) -> float | None:
     if figures.fidelity_plus is None or figures.fidelity_minus is None:
         return None
     return figures.fidelity_plus - figures.fidelity_minus
-
-
-def _after(graph: Mapping[str, Sequence[str]], wanted: set[str], changed: set[str]) -> tuple[str, ...]:
-    """Those of `wanted` that changed, or that come after one that did, in order."""
-    order = [name for name in TopologicalSorter(graph).static_order() if name in wanted]
-    for name in order:
-        if any(each in changed for each in graph[name]):
-            changed = changed | {name}
-    return tuple(name for name in order if name in changed)

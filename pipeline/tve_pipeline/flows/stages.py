@@ -83,11 +83,17 @@ def stale_stages(graph: Graph) -> list[str]:
     """Stages that DVC says have changed, and those after them, each after those that it depends on."""
     with Repo() as repo:
         changed = set(repo.status(targets=list(graph))) & set(graph)
+    return with_later(graph, changed)
+
+
+def with_later(graph: Graph, changed: Collection[str]) -> list[str]:
+    """Those of the graph's stages that changed or come after one that did, each after those that it depends on."""
     order = [name for name in TopologicalSorter(graph).static_order() if name in graph]
+    found = set(changed)
     for name in order:
-        if any(each in changed for each in graph[name]):
-            changed.add(name)
-    return [name for name in order if name in changed]
+        if any(each in found for each in graph[name]):
+            found.add(name)
+    return [name for name in order if name in found]
 
 
 def run_stages(

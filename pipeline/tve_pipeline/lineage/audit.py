@@ -37,7 +37,7 @@ from tve_pipeline.lineage.lock import (
 from tve_pipeline.lineage.statements import StageEvidence, fill, newest_evidence
 
 Severity = Literal["broken", "unproven", "note"]
-GENERATED = ("data", "models", "results")  # what stages make; all else that they read is source
+GENERATED = ("data", "models", "results")  # where stages write; all else that they read is source
 EXIT_CODES: Mapping[str, int] = {"OK": 0, "BROKEN": 1, "UNPROVEN": 3}
 
 
@@ -75,6 +75,11 @@ class Report:
         """The earliest stage with something broken, "" where nothing is."""
         broken = {finding.stage for finding in self.findings if finding.severity == "broken"}
         return next((stage.name for stage in self.stages if stage.name in broken), "")
+
+
+def is_generated(path: str) -> bool:
+    """Whether a stage wrote what lies at a path of the repository."""
+    return path.split("/")[0] in GENERATED
 
 
 def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = None) -> Report:
@@ -236,7 +241,7 @@ class _Auditor:
             here = self.root / path
             below = {name: each for name, each in known.items() if overlap(name, path)}
             if not os.path.lexists(here):
-                if path.split("/")[0] in GENERATED:
+                if is_generated(path):
                     self.say(
                         "unproven",
                         "absent",
@@ -252,7 +257,7 @@ class _Auditor:
                 found = self.on_disk.get(name)
                 if found is None or (found.size, found.sha256) == (each.size, each.sha256):
                     continue
-                if path.split("/")[0] in GENERATED:
+                if is_generated(path):
                     then = f"{each.sha256[:SHORT]}… when the stage {_verb(role)} it"
                     what = f"its sha256 is {found.sha256[:SHORT]}…, and was {then}"
                     self.say("broken", "file", stage, name, f"{name} was altered: {what}")
@@ -294,7 +299,7 @@ class _Auditor:
     def _chain(self, stage: StageEvidence) -> None:
         """What a stage read must be what the stage before it says that it wrote."""
         for name, each in stage.read.items():
-            if name.split("/")[0] not in GENERATED:
+            if not is_generated(name):
                 continue
             maker = next(
                 (

@@ -18,16 +18,18 @@ PROFILES = {
     "https://w3id.org/ro/wfrun/workflow/0.5": ("Workflow Run Crate", "0.5"),
     "https://w3id.org/workflowhub/workflow-ro-crate/1.0": ("Workflow RO-Crate", "1.0"),
 }
+LICENCES = "https://spdx.org/licenses"
 WORKFLOW = "dvc.yaml"
 LANGUAGE = {"@id": "#dvc", "@type": "ComputerLanguage", "name": "DVC", "url": {"@id": "https://dvc.org"}}
 
 
-def crate(report: Report, name: str) -> dict[str, Any]:
+def crate(report: Report, name: str, licence: str) -> dict[str, Any]:
     """The metadata of the stages that have evidence, as JSON-LD.
 
     Args:
         report: of an audit.
         name: of the crate, as a reader sees it.
+        licence: of what is in it, an SPDX identifier (https://spdx.org/licenses/).
 
     Raises:
         ValueError: no stage has evidence.
@@ -56,7 +58,7 @@ def crate(report: Report, name: str) -> dict[str, Any]:
         "name": name,
         "description": f"Runs of {len(stages)} stages; an audit of them said {report.verdict}.",
         "datePublished": max(stage.finished for stage in stages),
-        "license": {"@id": "https://spdx.org/licenses/MIT"},
+        "license": {"@id": f"{LICENCES}/{licence}"},
         "conformsTo": _ids(PROFILES),
         "mainEntity": {"@id": WORKFLOW},
         "hasPart": _ids([WORKFLOW, *sorted(files), *evidence]),
@@ -83,7 +85,7 @@ def crate(report: Report, name: str) -> dict[str, Any]:
             root,
             workflow,
             LANGUAGE,
-            {"@id": "https://spdx.org/licenses/MIT", "@type": "CreativeWork", "name": "MIT License"},
+            {"@id": f"{LICENCES}/{licence}", "@type": "CreativeWork", "name": licence},
             *(
                 {"@id": uri, "@type": "CreativeWork", "name": title, "version": version}
                 for uri, (title, version) in PROFILES.items()

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tve_pipeline.lineage.audit import GENERATED, differing
+from tve_pipeline.lineage.audit import differing, is_generated
 from tve_pipeline.lineage.evidence import FOLDER, evidence_path
 from tve_pipeline.lineage.files import FileRecord
 from tve_pipeline.lineage.git import git
@@ -65,7 +65,7 @@ def difference(one: Mapping[str, StageEvidence], other: Mapping[str, StageEviden
 
 def _between(a: StageEvidence, b: StageEvidence) -> Iterator[Difference]:
     def generated(files: Mapping[str, FileRecord], wanted: bool) -> dict[str, str]:
-        return {name: each.sha256[:12] for name, each in files.items() if (name.split("/")[0] in GENERATED) == wanted}
+        return {name: each.sha256[:12] for name, each in files.items() if is_generated(name) == wanted}
 
     compared = (
         ("data", generated(a.read, True) | dict(a.sources), generated(b.read, True) | dict(b.sources)),

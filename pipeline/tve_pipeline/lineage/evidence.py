@@ -25,6 +25,7 @@ from tve_pipeline.lineage.files import FileRecord, dvc_md5, listed, records, sta
 from tve_pipeline.lineage.git import git
 from tve_pipeline.lineage.keys import STATEMENT_TYPE, own_signer, seal
 from tve_pipeline.lineage.lock import lock_key
+from tve_pipeline.outputs import write_whole
 
 FOLDER = "evidence"
 PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
@@ -68,10 +69,7 @@ def leaving_evidence() -> Iterator[None]:
     statement = statement_of(plan, inputs, outputs, start, datetime.now(UTC))
     # An experiment of DVC's may run in a copy of the repository that is thrown away; DVC_ROOT is the repository's own.
     path = Path(os.environ.get("DVC_ROOT", "."), evidence_path(plan.name, run_key(plan, inputs, outputs)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.partial")
-    unfinished.write_text(seal(statement, signer))
-    unfinished.replace(path)
+    write_whole(path, seal(statement, signer))
 
 
 def stage_of_this_process() -> StagePlan | None:
@@ -223,14 +221,19 @@ def pinned_sources(params: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _require_unchanged(plan: StagePlan, inputs: Mapping[str, FileRecord]) -> None:
-    for path in plan.inputs:
-        for file in listed(Path(path)):
-            known = inputs.get(file.as_posix())
-            if known is None or state_of(file.stat()) != known.state:
-                raise ValueError(
-                    f"{file}: expected an input that nothing changes while the stage runs, got one that was written "
-                    "meanwhile; what came out is of no certain origin, run the stage again"
-                )
+    """Raises ValueError unless the inputs are the files, every one and no other, that were hashed before the work."""
+    now = {file.as_posix(): file for path in plan.inputs for file in listed(Path(path))}
+    for name in sorted({*inputs, *now}):
+        if name not in now:
+            what = "that was deleted"
+        elif name not in inputs or state_of(now[name].stat()) != inputs[name].state:
+            what = "that was written"
+        else:
+            continue
+        raise ValueError(
+            f"{name}: expected an input that nothing changes while the stage runs, got one {what} meanwhile; what came "
+            "out is of no certain origin, run the stage again"
+        )
 
 
 def _descriptor(path: str, each: FileRecord) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import get_args
 
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-from tve_pipeline.lineage.audit import GENERATED, Finding, Report, Severity
+from tve_pipeline.lineage.audit import Finding, Report, Severity, is_generated
 from tve_pipeline.lineage.files import FileRecord
 from tve_pipeline.lineage.lock import overlap, paths
 from tve_pipeline.lineage.statements import StageEvidence
@@ -69,10 +69,7 @@ def page(report: Report) -> str:
         inputs={
             stage.name: [_entry(path, stage.read, made) for path in _generated(stage.inputs)] for stage in report.stages
         },
-        code={
-            stage.name: [path for path in stage.inputs if path.split("/")[0] not in GENERATED]
-            for stage in report.stages
-        },
+        code={stage.name: [path for path in stage.inputs if not is_generated(path)] for stage in report.stages},
         outputs={stage.name: [_entry(path, stage.made, {}) for path in stage.outputs] for stage in report.stages},
         findings={s.name: [each for each in report.findings if each.stage == s.name] for s in report.stages},
         results=[(path, s.name) for s in reversed(report.stages) for path in s.outputs if path.startswith("results/")],
@@ -124,4 +121,4 @@ def _entry(path: str, known: Mapping[str, FileRecord], made: Mapping[str, str]) 
 
 
 def _generated(inputs: Sequence[str]) -> list[str]:
-    return [path for path in inputs if path.split("/")[0] in GENERATED]
+    return [path for path in inputs if is_generated(path)]
