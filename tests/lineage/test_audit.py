@@ -4,6 +4,7 @@ import base64
 import itertools
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Callable, Iterator
@@ -241,6 +242,24 @@ def test_what_is_absent_is_said_to_be_absent(project: Path) -> None:
     report = audit(project)
     assert found(report) == {("unproven", "absent", "draw"), ("unproven", "absent", "train")}
     assert report.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("work", "said"),
+    [
+        ('Path("data/mini/shards/1.tar").unlink()', "1.tar: .*that was deleted meanwhile"),
+        ('Path("data/mini/shards/1.tar").write_text("other")', "1.tar: .*that was written meanwhile"),
+        ('Path("data/mini/shards/9.tar").write_text("more")', "9.tar: .*that was written meanwhile"),
+    ],
+)
+def test_a_stage_whose_input_changes_under_it_fails_and_leaves_no_evidence(project: Path, work: str, said: str) -> None:
+    code = project / "mini" / "train.py"
+    code.write_text(code.read_text().replace("    Path(", f"    {work}; Path(", 1))
+    before = sorted((project / "evidence").rglob("*.json"))
+    ended = run("dvc", "repro", "train", cwd=project, check=False)
+    assert ended.returncode != 0
+    assert re.search(said, ended.stdout + ended.stderr)
+    assert sorted((project / "evidence").rglob("*.json")) == before
 
 
 def test_a_clone_without_data_still_checks_what_is_signed(project: Path, tmp_path: Path) -> None:
