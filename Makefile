@@ -14,6 +14,8 @@ export PREFECT_SERVER_API_PORT ?= 4200
 export TVE_RETRAIN_CRON ?= 0 2 * * *
 export TVE_AUDIT_CRON ?= 0 6 * * *
 export TVE_TIMEZONE ?= UTC
+# Where Python may not keep what it compiles, as in many images, every stage would compile torch anew: 8 s on one core.
+COMPILED := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 FLOWS_URL := http://127.0.0.1:$(PREFECT_SERVER_API_PORT)/api
 
 .PHONY: help venv repro test lint types profile flow server worker graph lock proof bench audit goals-engine goals-evaluation goals-lineage goals-main clean
@@ -26,7 +28,7 @@ venv: $(READY) ## the virtual environment, with the versions of requirements.loc
 $(READY): requirements.lock pyproject.toml
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	test -x $(VENV)/bin/uv || $(VENV)/bin/python -m pip install --quiet uv
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) uv pip sync --quiet --require-hashes requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) uv pip sync --quiet --require-hashes $(COMPILED) requirements.lock
 	VIRTUAL_ENV=$(CURDIR)/$(VENV) uv pip install --quiet --no-deps --no-build-isolation --editable .
 	touch $@
 
