@@ -1,5 +1,6 @@
 """Figures: overlays keep the picture and the place; panels draw what they are given."""
 
+import itertools
 import re
 from typing import Any
 
@@ -15,12 +16,14 @@ from tve.figures import (
     METHOD_STYLES,
     Curves,
     Panel,
+    Price,
     Training,
     enlarged,
     fidelity_curves,
     inline_svg,
     overlay,
     picture_grid,
+    price_against_fidelity,
     save_png,
     training_curves,
 )
@@ -167,3 +170,22 @@ def test_a_grid_without_row_titles_has_no_margin_for_them_and_one_with_them_room
         assert min(box.x0 for box in (*written, *labels)) >= 0
         assert max(box.x1 for box in (*written, *labels)) <= figure.bbox.width
         assert (left < 0.1 * figure.dpi) == (titles == ["", ""])
+
+
+def test_labels_of_prices_that_lie_close_cover_neither_each_other_nor_a_point() -> None:
+    prices = [
+        Price("attn_lrp", 0.0030, 0.747, -0.032),
+        Price("tve", 0.0022, 0.717, -0.003),
+        Price("exact_windows", 0.0490, 0.737, -0.0235),
+        Price("gradient_shap", 0.0528, 0.731, -0.0245),
+        Price("kernel_shap_200", 0.264, 0.701, -0.047),
+        Price("integrated_gradients", 0.133, 0.709, -0.022),
+    ]
+    figure = price_against_fidelity(prices)
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]
+    for axes in figure.axes:
+        boxes = [text.get_window_extent(renderer) for text in axes.texts]
+        assert len(boxes) == len(prices)
+        assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+        points = [axes.transData.transform(line.get_xydata())[-1] for line in axes.lines]  # type: ignore[index]
+        assert not [point for point in points for box in boxes if box.contains(*point)]

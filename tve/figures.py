@@ -7,6 +7,7 @@ figure is drawn, so that `overlay` works without it.
 
 import html
 import io
+import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,11 +22,14 @@ from PIL import Image
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.text import Annotation
+    from matplotlib.transforms import BboxBase
     from torch import Tensor
 
 FOR_RGB = (203, 24, 29)
 AGAINST_RGB = (33, 102, 172)
 MAX_OPACITY = 0.72
+LABEL_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of a point, the best first
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,28 +280,71 @@ def price_against_fidelity(prices: Sequence[Price]) -> "Figure":
     for price in sorted(prices, key=lambda price: price.seconds):
         base, _, budget = price.method.rpartition("_")
         lines.setdefault(base if budget.isdigit() else price.method, []).append(price)
+    drawn = []
     for axes, (name, title) in zip(figure.subplots(1, 2).flat, panels, strict=True):
-        for number, (method, points) in enumerate(lines.items()):
-            style = style_of(method)
-            right, up = number % 4 < 2, number % 2 == 0  # neighbours' labels go to different sides
+        labels = []
+        for method, points in lines.items():
             marker, size = ("*", 9) if method.startswith("exact") else ("o", 4.5)
             seconds = [1000 * point.seconds for point in points]
             values = [getattr(point, name) for point in points]
-            axes.plot(seconds, values, color=style.colour, marker=marker, markersize=size, linewidth=0.9)
-            axes.annotate(
-                style_of(points[-1].method).label,
-                (seconds[-1], values[-1]),
-                xytext=(5 if right else -5, 3 if up else -8),
-                textcoords="offset points",
-                ha="left" if right else "right",
-                fontsize=6.5,
-            )
+            axes.plot(seconds, values, color=style_of(method).colour, marker=marker, markersize=size, linewidth=0.9)
+            labels.append((seconds[-1], values[-1], style_of(points[-1].method).label))
         axes.set_xscale("log")
         axes.set_xlabel("milliseconds a map")
         axes.set_title(title)
-        axes.margins(x=0.18, y=0.1)
+        axes.margins(x=0.2, y=0.12)
+        drawn.append((axes, labels))
     figure.tight_layout()
+    for axes, labels in drawn:
+        _label_points(axes, labels)
     return figure
+
+
+def _label_points(axes: "Axes", labels: Sequence[tuple[float, float, str]], fontsize: float = 6.5) -> None:
+    """Writes each label beside its point (x, y), at the first of many places where it covers no other and no point."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.transforms import Bbox
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    pixels = figure.dpi / 72  # of a point
+    inside, half = axes.get_window_extent(renderer), 3.5 * pixels
+    taken: list[BboxBase] = []
+    for x, y, _ in labels:
+        at_x, at_y = axes.transData.transform((x, y))
+        taken.append(Bbox.from_extents(at_x - half, at_y - half, at_x + half, at_y + half))
+    for x, y, text in sorted(labels, reverse=True):  # from the right, where labels have least room
+        best: tuple[float, Annotation, BboxBase] | None = None
+        for (dx, dy), far in itertools.product(LABEL_SIDES, (5, 10, 17)):
+            label = axes.annotate(
+                text,
+                (x, y),
+                xytext=(dx * far, dy * far),
+                textcoords="offset points",
+                ha=("right", "center", "left")[dx + 1],
+                va=("top", "center", "bottom")[dy + 1],
+                fontsize=fontsize,
+            )
+            box = label.get_window_extent(renderer)
+            covered = sum(_shared_area(box, other) for other in taken)
+            outside = box.width * box.height - _shared_area(box, inside)
+            cost = covered + 3 * outside + pixels * far
+            if best is None or cost < best[0]:
+                if best is not None:
+                    best[1].remove()
+                best = (cost, label, box)
+            else:
+                label.remove()
+        assert best is not None
+        taken.append(best[2])
+
+
+def _shared_area(one: "BboxBase", other: "BboxBase") -> float:
+    from matplotlib.transforms import Bbox
+
+    shared = Bbox.intersection(one, other)
+    return 0.0 if shared is None else float(shared.width * shared.height)
 
 
 @dataclass(frozen=True, slots=True)
