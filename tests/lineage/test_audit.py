@@ -116,7 +116,15 @@ def test_dvc_lock_edited(project: Path, what: str) -> None:
     assert ("broken", "lock", "train") in found(audit(project))
 
 
-@pytest.mark.parametrize("text", ["<<<<<<< HEAD\nstages: {}\n", "stages:\n  draw: {cmd: a, deps: [{md5: b}]}\n"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<<<<<<< HEAD\nstages: {}\n",
+        "stages:\n  draw: {cmd: a, deps: [{md5: b}]}\n",
+        "stages:\n  draw: {cmd: a, params: text}\n",
+        "stages:\n  draw: {cmd: a, params: {params.yaml: text}}\n",
+    ],
+)
 def test_a_dvc_lock_that_dvc_did_not_write_is_broken(project: Path, text: str) -> None:
     (project / "dvc.lock").write_text(text)
     assert found(audit(project)) == {("broken", "lock", "")}
@@ -205,6 +213,50 @@ def test_a_link_into_dvcs_cache_is_dvcs(project: Path) -> None:
     run("dvc", "checkout", "-q", "--relink", cwd=project)
     assert (project / MODEL).is_symlink()
     assert audit(project).findings == []
+
+
+def test_a_link_into_a_cache_that_has_it_no_more_is_absent(project: Path) -> None:
+    (project / METRIC).unlink()
+    (project / METRIC).symlink_to(f"/nowhere/files/md5/aa/{'0' * 30}")
+    report = audit(project)
+    assert found(report) == {("unproven", "absent", "score")}
+    assert report.exit_code == 3
+
+
+@pytest.mark.parametrize(
+    ("path", "stage", "kind"), [(METRIC, "score", "list"), (f"{EXPORT}/config.json", "export", "file")]
+)
+def test_what_is_no_file_in_a_files_place_is_broken(project: Path, path: str, stage: str, kind: str) -> None:
+    (project / path).unlink()
+    os.mkfifo(project / path)
+    assert ("broken", kind, stage) in found(audit(project))
+
+
+def test_params_that_are_no_yaml_are_broken(project: Path) -> None:
+    (project / "params.yaml").write_text("profile: [mini\n")
+    assert found(audit(project)) == {("broken", "params", "")}
+    of_all = {("broken", "params", name) for name in ("draw", "train", "export", "score")}
+    assert found(audit(project, profile="mini")) == of_all
+
+
+@pytest.mark.parametrize("what", ["deep", "folder"])
+def test_evidence_that_cannot_be_read_is_broken(project: Path, what: str) -> None:
+    path = evidence(project, "train")
+    path.unlink()
+    if what == "deep":
+        path.write_text("[" * 100_000)
+    else:
+        path.mkdir()
+    report = audit(project)
+    assert ("broken", "evidence", "train") in found(report)
+    assert report.first_broken == "train"
+
+
+def test_where_a_public_key_cannot_be_read_nobody_is_trusted(project: Path) -> None:
+    (project / "keys" / "junk.pub").write_text("junk")
+    report = audit(project)
+    assert found(report) == {("unproven", "signature", "")}
+    assert {stage.standing for stage in report.stages} == {"own"}
 
 
 def test_code_changed_since(project: Path) -> None:

@@ -38,6 +38,7 @@ from tve_pipeline.lineage.statements import StageEvidence, fill, newest_evidence
 
 Severity = Literal["broken", "unproven", "note"]
 GENERATED = ("data", "models", "results")  # where stages write; all else that they read is source
+PARAMS = "params.yaml"
 EXIT_CODES: Mapping[str, int] = {"OK": 0, "BROKEN": 1, "UNPROVEN": 3}
 
 
@@ -96,23 +97,28 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
     try:
         locked = load_lock(root)
         _require_entries(locked)
-    except (yaml.YAMLError, TypeError, AttributeError) as error:
-        return _without_stages("broken", f"dvc.lock cannot be read: {' '.join(str(error).split())}")
-    profile = profile or active_profile(root)
+    except (yaml.YAMLError, TypeError, AttributeError, RecursionError) as error:
+        return _without_stages("broken", DVC_LOCK, f"{DVC_LOCK} cannot be read: {' '.join(str(error).split())}")
+    try:
+        profile = profile or active_profile(root)
+    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+        return _without_stages("broken", PARAMS, f"{PARAMS} cannot be read: {' '.join(str(error).split())}")
     chosen = of_profile(locked, profile) if not artifacts else behind(locked, root, artifacts)
     stages = [
         StageEvidence(name, locked[name], evidence_path(name, lock_key(locked[name])).as_posix())
         for name in in_order({name: locked[name] for name in chosen})
     ]
     if not stages:
-        return _without_stages("unproven", f"no stage of the profile {profile!r} is in dvc.lock: nothing is proven")
+        return _without_stages(
+            "unproven", DVC_LOCK, f"no stage of the profile {profile!r} is in dvc.lock: nothing is proven"
+        )
     auditor = _Auditor(root, stages)
     auditor.run()
     return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
 
 
-def _without_stages(severity: Severity, message: str) -> Report:
-    return Report([], [Finding(severity, "lock", "", DVC_LOCK, message)], 0, 0)
+def _without_stages(severity: Severity, path: str, message: str) -> Report:
+    return Report([], [Finding(severity, "params" if path == PARAMS else "lock", "", path, message)], 0, 0)
 
 
 def _require_entries(locked: Mapping[str, Mapping[str, Any]]) -> None:
@@ -123,6 +129,9 @@ def _require_entries(locked: Mapping[str, Mapping[str, Any]]) -> None:
                 isinstance(each, Mapping) and isinstance(each.get("path"), str) for each in entry.get(kind) or ()
             ):
                 raise TypeError(f"{name}: expected a path in each of its {kind}")
+        params = entry.get("params") or {}
+        if not (isinstance(params, Mapping) and all(isinstance(each, Mapping) for each in params.values())):
+            raise TypeError(f"{name}: expected parameters by file")
 
 
 class _Auditor:
@@ -130,7 +139,11 @@ class _Auditor:
         self.root, self.stages = root, stages
         self.findings: list[Finding] = []
         self.on_disk: dict[str, FileRecord] = {}
-        self.trusted = trusted_keys(root)
+        self.trusted = {}
+        try:
+            self.trusted = trusted_keys(root)
+        except ValueError as error:  # whoever can write there decides whom to trust: nobody, then
+            self.findings.append(Finding("unproven", "signature", "", "keys", f"nobody is trusted: {error}"))
         signer = own_signer(make=False)
         self.own = signer.public_key if signer else None
         self.has_evidence = any((root / stage.evidence).is_file() for stage in stages)
@@ -174,7 +187,7 @@ class _Auditor:
         try:
             opened = unseal(path.read_bytes(), self.trusted, self.own)
             fill(stage, opened.statement)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             self.say("broken", "evidence", stage, stage.evidence, f"the evidence cannot be read: {error}")
             return
         stage.standing, stage.key = opened.standing, opened.key
@@ -226,12 +239,14 @@ class _Auditor:
 
     def _against_params(self, stage: StageEvidence) -> None:
         name = profile_of(stage.name)
-        file = next(
-            (f for f in (f"profiles/{name}.yaml", "params.yaml") if name and (self.root / f).is_file()), "params.yaml"
-        )
+        file = next((f for f in (f"profiles/{name}.yaml", PARAMS) if name and (self.root / f).is_file()), PARAMS)
         if not (self.root / file).is_file():
             return
-        document = load_yaml((self.root / file).read_bytes())
+        try:
+            document = load_yaml((self.root / file).read_bytes())
+        except (yaml.YAMLError, RecursionError) as error:
+            self.say("broken", "params", stage, file, f"{file} cannot be read: {' '.join(str(error).split())}")
+            return
         for key, value in stage.params.items():
             for changed in differing({key: value}, {key: _at(document, key)}):
                 self.say("broken", "params", stage, file, f"{changed} in {file} is not what the stage ran with")
@@ -275,8 +290,16 @@ class _Auditor:
         for name in sorted(set(known) - present):
             self.say("broken", "list", stage, name, f"{name}, which the stage {_verb(role)}, is gone")
         for name in sorted(present & set(known)):
-            if (self.root / name).is_symlink() and not _in_dvc_cache((self.root / name).resolve()):
+            here = self.root / name
+            if here.is_symlink() and not _in_dvc_cache(here.resolve()):
                 self.say("broken", "link", stage, name, f"{name} is a link to somewhere else")
+            elif here.is_symlink() and not here.exists():
+                message = (
+                    f"{name} is a link into a cache of DVC's that does not have it; `dvc pull` or `dvc checkout` it"
+                )
+                self.say("unproven", "absent", stage, name, message)
+            elif not here.is_file():
+                self.say("broken", "file", stage, name, f"{name} is no file that can be read and hashed")
 
     def _environment(self, stage: StageEvidence) -> None:
         recorded, lock = stage.read_lock, self.on_disk.get(LOCK_FILE)

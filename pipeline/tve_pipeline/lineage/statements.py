@@ -44,7 +44,7 @@ def newest_evidence(root: Path, stage: str) -> Path | None:
     for path in sorted((root / evidence_path(stage, "")).parent.glob("*.json")):
         try:
             found.append((read_evidence(path.read_bytes()).finished, path))
-        except ValueError:
+        except (ValueError, OSError, RecursionError):
             continue
     return max(found)[1] if found else None
 
