@@ -301,7 +301,7 @@ def price_against_fidelity(prices: Sequence[Price]) -> "Figure":
 
 
 def _label_points(axes: "Axes", labels: Sequence[tuple[float, float, str]], fontsize: float = 6.5) -> None:
-    """Writes each label beside its point (x, y), at the first of many places where it covers no other and no point."""
+    """Writes each label beside its point (x, y), where it covers no other label and no point, if it can."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.transforms import Bbox
 

@@ -13,6 +13,7 @@ unsigned, signed by an unknown key).
 
 import argparse
 import json
+import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -168,6 +169,13 @@ def keys(asked: argparse.Namespace) -> int:
     return 0
 
 
+def _spdx(text: str) -> str:
+    """An identifier as https://spdx.org/licenses/ has them."""
+    if not re.fullmatch(r"[A-Za-z0-9.+-]+", text):
+        raise argparse.ArgumentTypeError(f"expected an SPDX identifier such as MIT or CC-BY-4.0, got {text!r}")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -189,7 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     each = lineage.add_parser("crate", help="the runs as a Workflow Run RO-Crate")
     each.add_argument("artifacts", nargs="*", metavar="ARTIFACT", help="files or folders; none: all of the profile")
     each.add_argument("--profile", help="whose stages; by default that of params.yaml")
-    each.add_argument("--license", default="MIT", metavar="SPDX", help="of what is in the crate; by default MIT")
+    each.add_argument(
+        "--license", type=_spdx, default="MIT", metavar="SPDX", help="of what is in the crate; by default MIT"
+    )
     each.add_argument("--output", type=Path, metavar="FILE", help=f"by default {METADATA_FILE} in the root")
     each.set_defaults(run=crate)
     each = lineage.add_parser("diff", help="what differs between two runs")

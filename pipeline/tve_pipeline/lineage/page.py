@@ -13,7 +13,8 @@ from tve_pipeline.lineage.files import FileRecord
 from tve_pipeline.lineage.lock import overlap, paths
 from tve_pipeline.lineage.statements import StageEvidence
 
-COLUMN, ROW, WIDTH, HEIGHT = 250, 34, 200, 24  # of the graph, px
+COLUMN, ROW, WIDTH, HEIGHT = 134, 42, 114, 34  # of the graph, px: eight columns fit the page
+LETTERS = 18  # of a line in a box
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the gravest first
 FILES_SHOWN = 12  # of one input or output; the rest is counted
 
@@ -25,6 +26,12 @@ class Box:
     name: str
     x: int
     y: int
+
+    @property
+    def lines(self) -> tuple[str, str]:
+        """What the box says: the stage, and of what it is, without the profile."""
+        stage, _, of = self.name.partition("@")
+        return _shortened(stage), _shortened(of.partition("-")[2])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +79,14 @@ def page(report: Report) -> str:
         code={stage.name: [path for path in stage.inputs if not is_generated(path)] for stage in report.stages},
         outputs={stage.name: [_entry(path, stage.made, {}) for path in stage.outputs] for stage in report.stages},
         findings={s.name: [each for each in report.findings if each.stage == s.name] for s in report.stages},
-        results=[(path, s.name) for s in reversed(report.stages) for path in s.outputs if path.startswith("results/")],
+        results=[(path, s.name) for s in reversed(report.stages) for path in _results(s)],
     )
+
+
+def _results(stage: StageEvidence) -> list[str]:
+    """Where a stage's numbers are: an output below results/, or the metrics.json in it."""
+    found = [path for path in stage.outputs if path.startswith("results/")]
+    return [metrics if (metrics := f"{path}/metrics.json") in stage.made else path for path in found]
 
 
 def _told(findings: Sequence[Finding]) -> list[tuple[Finding, int]]:
@@ -111,6 +124,11 @@ def _layout(before: Mapping[str, Sequence[str]]) -> tuple[list[Box], list[Line],
             lines.append(Line(f"M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}"))
     width = 16 + max((box.x for box in boxes.values()), default=0) + WIDTH
     return list(boxes.values()), lines, (width, 16 + max((box.y for box in boxes.values()), default=0) + HEIGHT)
+
+
+def _shortened(text: str) -> str:
+    """The end of a name, which tells it from its neighbours."""
+    return text if len(text) <= LETTERS else "…" + text[1 - LETTERS :]
 
 
 def _entry(path: str, known: Mapping[str, FileRecord], made: Mapping[str, str]) -> Entry:
