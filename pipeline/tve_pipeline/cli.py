@@ -4,6 +4,7 @@
     tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
     tve lineage diff A B            what differs between two runs
     tve lineage crate               the runs as a Workflow Run RO-Crate, for platforms
+    tve lineage unused              evidence of runs that this dvc.lock does not tell of
     tve verify FOLDER               an export by the signed list of files in it, wherever it was copied
     tve keys [trust]                who signs here, and whom this repository trusts
 
@@ -24,8 +25,9 @@ from tve_pipeline.lineage import audit as auditing
 from tve_pipeline.lineage import diff as differences
 from tve_pipeline.lineage.crate import METADATA_FILE
 from tve_pipeline.lineage.crate import crate as run_crate
+from tve_pipeline.lineage.evidence import FOLDER, evidence_path
 from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
-from tve_pipeline.lineage.lock import active_profile
+from tve_pipeline.lineage.lock import active_profile, load_lock, lock_key
 from tve_pipeline.lineage.manifest import verify_folder
 
 SHOWN = 40  # findings that a terminal gets; --json has all
@@ -121,6 +123,15 @@ def crate(asked: argparse.Namespace) -> int:
     return report.exit_code
 
 
+def unused(asked: argparse.Namespace) -> int:
+    told = {asked.root / evidence_path(name, lock_key(entry)) for name, entry in load_lock(asked.root).items()}
+    for path in sorted(set((asked.root / FOLDER).rglob("*.json")) - told):
+        print(path.relative_to(asked.root).as_posix())
+        if asked.delete:
+            path.unlink()
+    return 0
+
+
 def diff(asked: argparse.Namespace) -> int:
     found = differences.difference(differences.runs(asked.root, asked.one), differences.runs(asked.root, asked.other))
     if asked.json:
@@ -202,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     each.add_argument("--output", type=Path, metavar="FILE", help=f"by default {METADATA_FILE} in the root")
     each.set_defaults(run=crate)
+    each = lineage.add_parser("unused", help="evidence of runs that this dvc.lock does not tell of")
+    each.add_argument("--delete", action="store_true", help="delete it; git still has what was committed")
+    each.set_defaults(run=unused)
     each = lineage.add_parser("diff", help="what differs between two runs")
     each.add_argument("one", metavar="A", help="an evidence file, a git revision or a DVC experiment")
     each.add_argument("other", metavar="B")

@@ -259,6 +259,18 @@ def test_where_a_public_key_cannot_be_read_nobody_is_trusted(project: Path) -> N
     assert {stage.standing for stage in report.stages} == {"own"}
 
 
+def test_evidence_of_runs_that_the_lock_does_not_tell_of_is_listed_and_deleted_alone(project: Path) -> None:
+    told = evidence(project, "train")
+    earlier = told.with_name("0123456789abcdef.json")
+    shutil.copy(told, earlier)
+    command = ("python", "-m", "tve_pipeline.cli", "lineage", "unused")
+    assert run(*command, cwd=project).stdout.split() == [earlier.relative_to(project).as_posix()]
+    assert earlier.exists()
+    run(*command, "--delete", cwd=project)
+    assert (told.exists(), earlier.exists()) == (True, False)
+    assert run(*command, cwd=project).stdout == ""
+
+
 def test_code_changed_since(project: Path) -> None:
     code = project / "mini" / "train.py"
     code.write_text(code.read_text() + "\n# another line\n")
