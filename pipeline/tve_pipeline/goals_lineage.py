@@ -21,7 +21,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,13 +152,17 @@ def write_chain(root: Path) -> None:
     (root / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
 
 
+def empty_command(stage: Mapping[str, Any]) -> str:
+    """The command by which EMPTY_STAGE, as stage.py, makes what a stage of dvc.yaml makes."""
+    outs = [*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])]
+    return " ".join(["python stage.py", *(next(iter(out)) if isinstance(out, dict) else out for out in outs)])
+
+
 def write_own_graph(root: Path) -> None:
     """This project's graph and code, for the active profile; its stages only make their outputs, out of nothing."""
     graph = yaml.safe_load((ROOT / "dvc.yaml").read_text())
     for stage in graph["stages"].values():
-        outs = [*stage["outs"], *stage.get("metrics", []), *stage.get("plots", [])]
-        names = [next(iter(out)) if isinstance(out, dict) else out for out in outs]
-        stage["cmd"] = " ".join(["python stage.py", *names])
+        stage["cmd"] = empty_command(stage)
         stage["deps"].append(SALT)
     (root / "dvc.yaml").write_text(yaml.safe_dump(graph, sort_keys=False))
     (root / "stage.py").write_text(EMPTY_STAGE)

@@ -98,11 +98,11 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
         locked = load_lock(root)
         _require_entries(locked)
     except (yaml.YAMLError, TypeError, AttributeError, RecursionError) as error:
-        return _without_stages("broken", DVC_LOCK, f"{DVC_LOCK} cannot be read: {' '.join(str(error).split())}")
+        return _without_stages("broken", "lock", DVC_LOCK, f"{DVC_LOCK} cannot be read: {' '.join(str(error).split())}")
     try:
         profile = profile or active_profile(root)
     except (yaml.YAMLError, AttributeError, RecursionError) as error:
-        return _without_stages("broken", PARAMS, f"{PARAMS} cannot be read: {' '.join(str(error).split())}")
+        return _without_stages("broken", "params", PARAMS, f"{PARAMS} cannot be read: {' '.join(str(error).split())}")
     chosen = of_profile(locked, profile) if not artifacts else behind(locked, root, artifacts)
     stages = [
         StageEvidence(name, locked[name], evidence_path(name, lock_key(locked[name])).as_posix())
@@ -110,15 +110,15 @@ def audit(root: Path, artifacts: Sequence[str] = (), *, profile: str | None = No
     ]
     if not stages:
         return _without_stages(
-            "unproven", DVC_LOCK, f"no stage of the profile {profile!r} is in dvc.lock: nothing is proven"
+            "unproven", "lock", DVC_LOCK, f"no stage of the profile {profile!r} is in dvc.lock: nothing is proven"
         )
     auditor = _Auditor(root, stages)
     auditor.run()
     return Report(stages, auditor.findings, len(auditor.on_disk), sum(each.size for each in auditor.on_disk.values()))
 
 
-def _without_stages(severity: Severity, path: str, message: str) -> Report:
-    return Report([], [Finding(severity, "params" if path == PARAMS else "lock", "", path, message)], 0, 0)
+def _without_stages(severity: Severity, kind: str, path: str, message: str) -> Report:
+    return Report([], [Finding(severity, kind, "", path, message)], 0, 0)
 
 
 def _require_entries(locked: Mapping[str, Mapping[str, Any]]) -> None:

@@ -14,7 +14,7 @@ from tve_pipeline.lineage.lock import overlap, paths
 from tve_pipeline.lineage.statements import StageEvidence
 
 COLUMN, ROW, WIDTH, HEIGHT = 134, 42, 114, 34  # of the graph, px: eight columns fit the page
-LETTERS = 18  # of a line in a box
+LETTERS = 18  # of a line in a box; its first line is bold and has two less
 SEVERITIES: tuple[Severity, ...] = get_args(Severity)  # the gravest first
 FILES_SHOWN = 12  # of one input or output; the rest is counted
 
@@ -31,7 +31,7 @@ class Box:
     def lines(self) -> tuple[str, str]:
         """What the box says: the stage, and of what it is, without the profile."""
         stage, _, of = self.name.partition("@")
-        return _shortened(stage), _shortened(of.partition("-")[2])
+        return _shortened(stage, LETTERS - 2), _shortened(of.partition("-")[2], LETTERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +126,9 @@ def _layout(before: Mapping[str, Sequence[str]]) -> tuple[list[Box], list[Line],
     return list(boxes.values()), lines, (width, 16 + max((box.y for box in boxes.values()), default=0) + HEIGHT)
 
 
-def _shortened(text: str) -> str:
+def _shortened(text: str, letters: int) -> str:
     """The end of a name, which tells it from its neighbours."""
-    return text if len(text) <= LETTERS else "…" + text[1 - LETTERS :]
+    return text if len(text) <= letters else "…" + text[1 - letters :]
 
 
 def _entry(path: str, known: Mapping[str, FileRecord], made: Mapping[str, str]) -> Entry:
