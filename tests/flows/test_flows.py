@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.mini_project import run
-from tve_pipeline.flows.stages import artifact_key, stale_stages, with_ancestors
+from tve_pipeline.flows.stages import Milestones, artifact_key, stale_stages, with_ancestors
 from tve_pipeline.lineage.audit import audit
 
 GRAPH = {"draw": [], "train": ["draw"], "export": ["train"], "score": ["export"]}
@@ -27,6 +27,12 @@ def server(tmp_path: Path) -> dict[str, str]:
 def rows(server: dict[str, str], query: str) -> list[tuple[str, ...]]:
     with sqlite3.connect(Path(server["PREFECT_HOME"]) / "prefect.db") as database:
         return database.execute(query).fetchall()
+
+
+def test_every_bar_of_a_stage_is_shown_each_ten_percent() -> None:
+    milestones = Milestones()
+    one_bar_after_another = [0, 4, 12, 15, 55, 100, 3, 9, 10, 30, 100]
+    assert [each for each in one_bar_after_another if milestones.reached(each)] == [12, 55, 100, 10, 30, 100]
 
 
 def test_what_is_stale_runs_as_tasks_and_the_evidence_names_the_flow_run(project: Path, server: dict[str, str]) -> None:

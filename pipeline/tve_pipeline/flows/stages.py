@@ -137,6 +137,24 @@ def run_stages(
         groups.end_all()
 
 
+class Milestones:
+    """Which states of a stage's progress bars are worth a message. A stage draws one bar after another."""
+
+    def __init__(self) -> None:
+        self.percent = 0
+        self.shown = 0
+
+    def reached(self, percent: int) -> bool:
+        """Whether a bar is `PROGRESS_STEP` on since its last message; a percentage that fell is a new bar's."""
+        if percent < self.percent:
+            self.shown = 0
+        self.percent = percent
+        if percent < self.shown + PROGRESS_STEP:
+            return False
+        self.shown = percent
+        return True
+
+
 @task(
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -152,20 +170,19 @@ def reproduce_stage(stage: str, force: bool, keep_open: tuple[int, ...]) -> None
     """
     logger = get_run_logger()
     progress: UUID | None = None
-    shown = 0
+    milestones = Milestones()
 
     def on_line(line: str) -> None:
-        nonlocal shown, progress
+        nonlocal progress
         found = PERCENT.search(line)
         if found is None:
             logger.info(line)
-        elif int(found[1]) >= shown + PROGRESS_STEP:
-            shown = int(found[1])
+        elif milestones.reached(percent := int(found[1])):
             if progress is None:
-                made = create_progress_artifact(float(shown), key=artifact_key(stage), description=stage)
+                made = create_progress_artifact(float(percent), key=artifact_key(stage), description=stage)
                 progress = cast(UUID, made)
             else:
-                update_progress_artifact(progress, progress=float(shown))
+                update_progress_artifact(progress, progress=float(percent))
             logger.info(line)
 
     context = FlowRunContext.get()
