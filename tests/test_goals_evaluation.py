@@ -8,7 +8,8 @@ import pytest
 from numpy.typing import NDArray
 
 from tve_pipeline.goal_lines import Goals
-from tve_pipeline.goals_evaluation import Column, against_rivals, overtaken, rise_converges, shares_of_way
+from tve_pipeline.goals_evaluation import against_rivals, overtaken, rise_converges, shares_of_way
+from tve_pipeline.recorded import Column
 
 NOISE = np.random.default_rng(0).normal(scale=0.01, size=(2, 40))
 
@@ -21,7 +22,8 @@ def column(**maps: tuple[float, float]) -> Column:
     given = {"tve": (0.5, 0.1), "random": (0.2, 0.3), "exact_windows": (0.6, 0.05)} | maps
     jitter = np.random.default_rng(1).normal(scale=0.02, size=40)
     return Column(
-        "vit, digit",
+        "vit",
+        "digit",
         {name: {f: v + jitter * (name != "tve") for f, v in scores(*g).items()} for name, g in given.items()},
     )
 

@@ -9,48 +9,39 @@ committed under docs/records, whose hashes are checked likewise. A cell is a (ba
 
 import argparse
 import functools
-import gzip
-import json
-import re
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tve.baselines.method import Question
 from tve.baselines.perturbation import Occlusion
 from tve.baselines.rise import conditional_means
 from tve.coalitions import Windows, random_halves
-from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer
 from tve.export import load_explainer
-from tve.fidelity.statistics import paired_bootstrap, share_of_way
 from tve.fidelity.v_information import all_coalitions
 from tve.heads import load_head
 from tve.meta_attribution import exact_windows
 from tve.pictures import ordered_batches
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule, class_maps
-from tve_pipeline.compare import CellScores, read_cell
+from tve_pipeline.compare import read_cell
 from tve_pipeline.evaluate_measures import EvaluateParams
 from tve_pipeline.evaluation import load_task_heads
 from tve_pipeline.examine import ExamineParams, examined
 from tve_pipeline.goal_lines import Goals
 from tve_pipeline.goals import cells, methods_of, section_of, verify_outputs
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
+from tve_pipeline.recorded import Column, columns_of, recorded_columns
 
 PROFILES = ("scenes",)
 RECORDED = ("scenes_grid", "real")
-RECORDS = Path("docs", "records")
 RIVALS = ("vit_shapley", "integrated_gradients", "deep_lift", "gradient_shap", "rollout")
 TO_BEAT = ("random_blurred", "centre")  # of the controls
 SAMPLERS = ("rise", "kernel_shap", "lime")
@@ -58,30 +49,9 @@ BARS_OF_WAY = {
     "scenes": {"fidelity_plus": 0.80, "fidelity_minus": 0.70},
     "real": {"fidelity_plus": 0.70, "fidelity_minus": 0.50},
 }
-NUM_RESAMPLES = 10_000
 TIMED_BATCH, TIMED_ROUNDS = 32, 9
 PARITY_PICTURES = 4
 SANITY_PICTURES, SANITY_BAR = 32, 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One task of one backbone: the fidelities of every map, under the removal that the explainer was trained for."""
-
-    name: str
-    scores: dict[str, dict[str, NDArray[np.float64]]]  # map -> fidelity -> [N]
-
-    def difference(self, method: str, reference: str = "tve") -> dict[str, tuple[float, float]]:
-        """By fidelity, the 95 % interval of the reference's lead over a method; above 0 it is better."""
-        leads_NK = np.stack(
-            [SIGN_OF_BETTER[f] * (self.scores[reference][f] - self.scores[method][f]) for f in FIDELITIES], axis=1
-        )
-        intervals = paired_bootstrap(leads_NK, NUM_RESAMPLES, seed=0)
-        return {f: (each.low, each.high) for f, each in zip(FIDELITIES, intervals, strict=True)}
-
-    def beats(self, method: str) -> bool:
-        """Whether TVE is better in both fidelities, with intervals clear of zero."""
-        return all(low > 0 for low, _ in self.difference(method).values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,36 +85,7 @@ def read_columns(profile: str, num_pictures: int | None) -> Iterator[Column]:
         folder = Path("results", profile, "evaluate", f"{backbone}-{dataset}")
         cell = read_cell(folder, methods_of(profile, backbone))
         assert cell is not None, folder
-        for task in cell.tasks:
-            yield Column(f"{backbone}, {task}", _fidelities(cell, task, num_pictures))
-
-
-def recorded_columns(profile: str) -> Iterator[Column]:
-    """Every task of every backbone whose rows `tve_pipeline.record` put on record.
-
-    Raises:
-        ValueError: a file is not the one that was recorded.
-    """
-    for folder in sorted(path for path in (RECORDS / profile).iterdir() if path.is_dir()):
-        files: dict[str, str] = json.loads((folder / "digests.json").read_text())["files"]
-        for name, expected in files.items():
-            if (actual := file_sha256(folder / name)) != expected:
-                raise ValueError(f"{folder / name}: expected sha256 {expected}, got {actual}; restore it from git")
-        methods: dict[str, list[str]] = {}
-        with tempfile.TemporaryDirectory() as unpacked:
-            for name in files:
-                if found := re.fullmatch(r"scores-(\w+)-(\w+)\.csv\.gz", name):
-                    dataset, method = found.groups()
-                    methods.setdefault(dataset, []).append(method)
-                    cell_folder = Path(unpacked, dataset, method)
-                    cell_folder.mkdir(parents=True)
-                    (cell_folder / "scores.csv").write_bytes(gzip.decompress((folder / name).read_bytes()))
-                    shutil.copy(folder / f"facts-{dataset}-{method}.json", cell_folder / "facts.json")
-            for dataset, those in methods.items():
-                cell = read_cell(Path(unpacked, dataset), those)
-                assert cell is not None, folder
-                for task in cell.tasks:
-                    yield Column(f"{folder.name}, {task}", _fidelities(cell, task, None))
+        yield from columns_of(backbone, cell, num_pictures)
 
 
 def against_rivals(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
@@ -171,12 +112,7 @@ def overtaken(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
 def shares_of_way(goals: Goals, profile: str, columns: Sequence[Column]) -> None:
     """The least share of the way from random to exact windows, over the cells in which these two differ."""
     for fidelity, bar in BARS_OF_WAY["real" if profile.startswith("real") else "scenes"].items():
-        shares = []
-        for column in columns:
-            low, high = column.difference("random", "exact_windows")[fidelity]
-            if low > 0 or high < 0:
-                means = (float(column.scores[m][fidelity].mean()) for m in ("tve", "random", "exact_windows"))
-                shares.append(share_of_way(*means))
+        shares = [share for column in columns if (share := column.share_of_way(fidelity)) is not None]
         goals.at_least(f"{profile}: least share of the way, {fidelity}", min(shares, default=None), bar, "share")
 
 
@@ -252,14 +188,6 @@ def rise_converges(goals: Goals) -> None:
     goals.at_most(
         "RISE on 3 x 3, 100,000 halves, from the exact conditional mean", error / standard_error, 4.0, "standard errors"
     )
-
-
-def _fidelities(cell: CellScores, task: str, num_pictures: int | None) -> dict[str, dict[str, NDArray[np.float64]]]:
-    removal = next(iter(cell.facts.values()))["trained_for"]
-    return {
-        name: {f: cell.scores[task, name][f"{removal}_{f}"][:num_pictures] for f in FIDELITIES}
-        for name in cell.maps(task)
-    }
 
 
 def _passes(column: Column, method: str, fidelity: str) -> bool:

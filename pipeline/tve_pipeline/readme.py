@@ -1,4 +1,4 @@
-"""The README's pictures and table, made from results, so that neither is typed by hand.
+"""The README's pictures and tables, made from results and records, so that neither is typed by hand.
 
 python -m tve_pipeline.readme
 """
@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from tve import figures
+from tve_pipeline import recorded
 from tve_pipeline.report_tables import number
 
 CELL = Path("results", "scenes", "compare", "vit_scenes-scenes")
@@ -19,7 +20,7 @@ HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
 SCENE = Path("docs", "images", "scene.png")  # what the README's example explains
 README = Path("README.md")
-START, END = "<!-- table:start -->", "<!-- table:end -->"
+SCENES, REAL = "table", "real table"  # what stands between <!-- NAME:start --> and <!-- NAME:end -->
 NUM_PICTURES = 4
 TASKS = ("digit", "parity", "shape", "colour")
 METHODS = (
@@ -28,6 +29,10 @@ METHODS = (
     *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
     *("exact_windows", "exact_windows_mean", "random", "random_blurred", "centre"),
 )
+REAL_METHODS = (
+    *("tve", "exact_windows", "integrated_gradients", "deep_lift", "gradient_shap", "rollout", "attn_lrp", "grad_cam"),
+    *("rise_50", "rise_200", "random_blurred", "centre"),
+)
 
 
 def main() -> None:
@@ -35,9 +40,21 @@ def main() -> None:
     figures.save_png(_pictures(), PICTURE, dots_per_inch=110)
     with np.load(CELL / "heatmaps.npz") as arrays:
         Image.fromarray(arrays["images"][0]).save(SCENE)
-    before, rest = README.read_text().split(START)
-    _, after = rest.split(END)
-    README.write_text(f"{before}{START}\n{_table()}\n{END}{after}")
+    text = between(README.read_text(), SCENES, _table())
+    README.write_text(between(text, REAL, real_table()))
+
+
+def between(text: str, name: str, table: str) -> str:
+    """The text with a table in the place of what its markers enclose."""
+    start, end = f"<!-- {name}:start -->\n", f"\n<!-- {name}:end -->"
+    before, rest = text.split(start)
+    _, after = rest.split(end)
+    return f"{before}{start}{table}{end}{after}"
+
+
+def real_table() -> str:
+    """Some methods' rows of the records of `real`."""
+    return recorded.table(list(recorded.recorded_columns("real")), REAL_METHODS)
 
 
 def _pictures() -> Any:
