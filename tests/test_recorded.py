@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tve_pipeline.readme import README, REAL, between, real_table
+from tve_pipeline.readme import README, with_recorded_tables
 from tve_pipeline.recorded import RECORDS, Column, recorded_columns, table
 
 
@@ -36,6 +36,12 @@ def test_marks_say_where_tve_is_better_and_what_is_missing_is_a_dash() -> None:
     ]
 
 
+def test_rows_that_are_asked_for_come_in_that_order_but_for_what_is_nowhere() -> None:
+    columns = [column("vit", "digit", tve=(0.5, 0.1), centre=(0.2, 0.2), random=(0.1, 0.3))]
+    rows = table(columns, ("random", "lime_50", "tve")).splitlines()[2:]
+    assert [row.split("|")[1].strip() for row in rows] == ["Random", "**TVE**"]
+
+
 def test_the_share_of_the_way_closes_the_table_where_random_and_exact_windows_differ() -> None:
     there = column("vit", "digit", tve=(0.5, 0.1), random=(0.1, 0.3), exact_windows=(0.6, 0.3))
     assert table([there]).splitlines()[-1] == "| *share of the way from random to exact windows* | .80 / – |"
@@ -57,6 +63,6 @@ def test_a_profile_that_is_not_on_record_is_told_which_are(tmp_path: Path) -> No
         next(recorded_columns("paper", tmp_path))
 
 
-def test_the_readme_shows_what_is_on_record() -> None:
+def test_the_readmes_tables_are_what_is_on_record() -> None:
     text = README.read_text()
-    assert text == between(text, REAL, real_table())
+    assert text == with_recorded_tables(text)

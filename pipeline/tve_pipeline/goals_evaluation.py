@@ -41,7 +41,7 @@ from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.recorded import Column, columns_of, recorded_columns
 
 PROFILES = ("scenes",)
-RECORDED = ("scenes_grid", "real")
+RECORDED = ("scenes_grid", "real", "real_112")
 RIVALS = ("vit_shapley", "integrated_gradients", "deep_lift", "gradient_shap", "rollout")
 TO_BEAT = ("random_blurred", "centre")  # of the controls
 SAMPLERS = ("rise", "kernel_shap", "lime")

@@ -20,7 +20,7 @@ HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
 SCENE = Path("docs", "images", "scene.png")  # what the README's example explains
 README = Path("README.md")
-SCENES, REAL = "table", "real table"  # what stands between <!-- NAME:start --> and <!-- NAME:end -->
+SCENES = "table"  # what stands between <!-- NAME:start --> and <!-- NAME:end -->
 NUM_PICTURES = 4
 TASKS = ("digit", "parity", "shape", "colour")
 METHODS = (
@@ -29,9 +29,12 @@ METHODS = (
     *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
     *("exact_windows", "exact_windows_mean", "random", "random_blurred", "centre"),
 )
-REAL_METHODS = (
-    *("tve", "exact_windows", "integrated_gradients", "deep_lift", "gradient_shap", "rollout", "attn_lrp", "grad_cam"),
-    *("rise_50", "rise_200", "random_blurred", "centre"),
+RECORDED = ("real", "real_112")  # profiles whose tables stand between <!-- PROFILE table:start --> and its end
+RECORDED_METHODS = (
+    *("tve", "exact_windows", "vit_shapley"),
+    *("integrated_gradients", "deep_lift", "gradient_shap", "rollout", "attn_lrp", "grad_cam"),
+    *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
+    *("random", "random_blurred", "centre"),
 )
 
 
@@ -40,8 +43,15 @@ def main() -> None:
     figures.save_png(_pictures(), PICTURE, dots_per_inch=110)
     with np.load(CELL / "heatmaps.npz") as arrays:
         Image.fromarray(arrays["images"][0]).save(SCENE)
-    text = between(README.read_text(), SCENES, _table())
-    README.write_text(between(text, REAL, real_table()))
+    README.write_text(with_recorded_tables(between(README.read_text(), SCENES, _table())))
+
+
+def with_recorded_tables(text: str) -> str:
+    """The README with the tables of what is on record."""
+    for profile in RECORDED:
+        columns = list(recorded.recorded_columns(profile))
+        text = between(text, f"{profile} table", recorded.table(columns, RECORDED_METHODS))
+    return text
 
 
 def between(text: str, name: str, table: str) -> str:
@@ -50,11 +60,6 @@ def between(text: str, name: str, table: str) -> str:
     before, rest = text.split(start)
     _, after = rest.split(end)
     return f"{before}{start}{table}{end}{after}"
-
-
-def real_table() -> str:
-    """Some methods' rows of the records of `real`."""
-    return recorded.table(list(recorded.recorded_columns("real")), REAL_METHODS)
 
 
 def _pictures() -> Any:

@@ -114,9 +114,10 @@ def table(columns: Sequence[Column], maps: Sequence[str] | None = None) -> str:
 
     Args:
         columns: the cells, those of a backbone together.
-        maps: rows, in this order; none: every map of any cell.
+        maps: rows, in this order, but for those of no cell; none: every map of any cell.
     """
-    maps = maps or _in_usual_order({name for column in columns for name in column.scores})
+    there = {name for column in columns for name in column.scores}
+    maps = [name for name in maps if name in there] if maps else _in_usual_order(there)
     heads, last = list[str](), ""
     for column in columns:
         heads.append(column.task if column.backbone == last else f"{_title(column.backbone)} {column.task}")
