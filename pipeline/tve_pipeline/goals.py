@@ -25,7 +25,6 @@ import torch
 import yaml
 from numpy.typing import NDArray
 
-from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.export import load_explainer
 from tve.fidelity.controls import CONTROLS
@@ -41,6 +40,7 @@ from tve_pipeline.evaluate_measures import object_patches
 from tve_pipeline.goal_lines import Goals
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.params import RunParams, load_section
+from tve_pipeline.recorded import verified_files
 from tve_pipeline.scenes import SHAPES
 
 PROFILE = "scenes"
@@ -177,12 +177,9 @@ def real_cells(goals: Goals) -> None:
     """How many of the real pictures' six cells (backbone, task) are on record as rows that hash as recorded."""
     done: set[tuple[str, str]] = set()
     for digests in sorted(Path("docs", "records").glob("real*/*/digests.json")):
-        for name, sha256 in json.loads(digests.read_text())["files"].items():
-            file = digests.parent / name
-            if file_sha256(file) != sha256:
-                raise SystemExit(f"{file}: expected sha256 {sha256}; the record was altered")
+        for name in verified_files(digests.parent):
             if name.startswith("scores"):
-                done.add((file.parent.name, name.removeprefix("scores-").split(".")[0].split("-")[0]))
+                done.add((digests.parent.name, name.removeprefix("scores-").split(".")[0].split("-")[0]))
     goals.at_least("real pictures: cells (backbone, task) on record", float(len(done)), 6.0, "cells")
 
 

@@ -29,7 +29,7 @@ METHODS = (
     *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
     *("exact_windows", "exact_windows_mean", "random", "random_blurred", "centre"),
 )
-RECORDED = ("real", "real_112")  # profiles whose tables stand between <!-- PROFILE table:start --> and its end
+SHOWN = ("real", "real_112")  # profiles whose tables stand between <!-- PROFILE table:start --> and its end
 RECORDED_METHODS = (
     *("tve", "exact_windows", "vit_shapley"),
     *("integrated_gradients", "deep_lift", "gradient_shap", "rollout", "attn_lrp", "grad_cam"),
@@ -48,7 +48,7 @@ def main() -> None:
 
 def with_recorded_tables(text: str) -> str:
     """The README with the tables of what is on record."""
-    for profile in RECORDED:
+    for profile in SHOWN:
         columns = list(recorded.recorded_columns(profile))
         text = between(text, f"{profile} table", recorded.table(columns, RECORDED_METHODS))
     return text

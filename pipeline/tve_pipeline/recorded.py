@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from tve.digests import file_sha256
 from tve.fidelity.statistics import paired_bootstrap, share_of_way
-from tve.figures import METHOD_STYLES, style_of
+from tve.figures import style_of
 from tve_pipeline.compare import CellScores, read_cell
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.params import RunParams, load_section
-from tve_pipeline.report_tables import number
+from tve_pipeline.report_tables import in_table_order, number
 
 RECORDS, PROFILES = Path("docs", "records"), Path("profiles")
 REFERENCE, EXACT, RANDOM = "tve", "exact_windows", "random"
@@ -77,6 +77,19 @@ def columns_of(backbone: str, cell: CellScores, num_pictures: int | None = None)
         yield Column(backbone, task, maps)
 
 
+def verified_files(folder: Path) -> list[str]:
+    """The names of a record's files, each of which was hashed and found to be what was recorded.
+
+    Raises:
+        ValueError: one is not.
+    """
+    files: dict[str, str] = json.loads((folder / "digests.json").read_text())["files"]
+    for name, expected in files.items():
+        if (actual := file_sha256(folder / name)) != expected:
+            raise ValueError(f"{folder / name}: expected sha256 {expected}, got {actual}; restore it from git")
+    return list(files)
+
+
 def recorded_columns(profile: str, records: Path = RECORDS, profiles: Path = PROFILES) -> Iterator[Column]:
     """Every task of every backbone that is on record, in the order of the profile's `run`.
 
@@ -90,10 +103,7 @@ def recorded_columns(profile: str, records: Path = RECORDS, profiles: Path = PRO
         there = ", ".join(sorted(path.name for path in records.iterdir())) if records.is_dir() else ""
         raise ValueError(f"{records / profile}: expected a profile on record ({there or 'there is none'})")
     for folder in folders:
-        files: dict[str, str] = json.loads((folder / "digests.json").read_text())["files"]
-        for name, expected in files.items():
-            if (actual := file_sha256(folder / name)) != expected:
-                raise ValueError(f"{folder / name}: expected sha256 {expected}, got {actual}; restore it from git")
+        files = verified_files(folder)
         methods: dict[str, list[str]] = {}
         with tempfile.TemporaryDirectory() as unpacked:
             for name in files:
@@ -117,7 +127,7 @@ def table(columns: Sequence[Column], maps: Sequence[str] | None = None) -> str:
         maps: rows, in this order, but for those of no cell; none: every map of any cell.
     """
     there = {name for column in columns for name in column.scores}
-    maps = [name for name in maps if name in there] if maps else _in_usual_order(there)
+    maps = [name for name in maps if name in there] if maps else in_table_order(there)
     heads, last = list[str](), ""
     for column in columns:
         heads.append(column.task if column.backbone == last else f"{_title(column.backbone)} {column.task}")
@@ -149,18 +159,6 @@ def _title(backbone: str) -> str:
     family, _, rest = backbone.partition("_")
     size = {"tiny": "-Ti", "small": "-S", "base": "-B"}.get(rest, "")
     return {"vit": "ViT", "deit": "DeiT"}.get(family, family.capitalize()) + size
-
-
-def _in_usual_order(maps: set[str]) -> list[str]:
-    """Maps in the order of the figures, budgets from small to large."""
-    known = list(METHOD_STYLES)
-
-    def place(name: str) -> tuple[int, int, str]:
-        base, _, budget = name.rpartition("_")
-        method, evaluations = (base, int(budget)) if budget.isdigit() else (name, 0)
-        return known.index(method) if method in known else len(known), evaluations, name
-
-    return sorted(maps, key=place)
 
 
 def main(argv: Sequence[str]) -> None:
