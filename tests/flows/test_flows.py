@@ -1,11 +1,17 @@
 """The flows on a real DVC project and a real Prefect server, which each run starts for itself."""
 
 import json
+import os
+import signal
 import sqlite3
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
+from tests.flows.service import until
 from tests.mini_project import run
 from tve_pipeline.flows.stages import Milestones, artifact_key, stale_stages, with_ancestors
 from tve_pipeline.lineage.audit import audit
@@ -100,3 +106,20 @@ def test_targets_come_with_what_they_need() -> None:
 
 def test_a_stages_name_becomes_a_key_that_prefect_takes() -> None:
     assert artifact_key("evaluate@scenes-vit_scenes-scenes-tve") == "evaluate-scenes-vit-scenes-scenes-tve"
+
+
+def test_a_flow_that_is_told_to_end_leaves_no_server(project: Path, server: dict[str, str]) -> None:
+    params = project / "params.yaml"
+    params.write_text(params.read_text().replace("steps: 3", "steps: 5"))
+    log = project / "flow.log"
+    with log.open("w") as file:
+        command = [sys.executable, "-m", "tve_pipeline.flows"]
+        flow = subprocess.Popen(command, cwd=project, env=os.environ | server, stdout=file, stderr=file)
+    process = psutil.Process(flow.pid)
+    until(lambda: log.read_text().count("Beginning flow run"), "a flow run")
+    started = process.children(recursive=True)
+    assert any("uvicorn" in " ".join(child.cmdline()) for child in started)
+    flow.terminate()
+    assert flow.wait(60) == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(started, 30)
+    assert not alive

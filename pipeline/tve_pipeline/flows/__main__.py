@@ -4,14 +4,17 @@ Uses the server of `make server` where one answers on the loopback address, else
 """
 
 import os
+import signal
 import sys
 import urllib.request
 from importlib import import_module
+from types import FrameType
 
 from tve_pipeline.flows import FLOWS
 
 
 def main(arguments: list[str]) -> None:
+    signal.signal(signal.SIGTERM, leave)  # by default the process ends at once, and Prefect's temporary server stays
     name = arguments[0] if arguments else "reproduce"
     if name not in FLOWS or len(arguments) > 1:
         sys.exit(f"flows: expected one of {', '.join(FLOWS)}, got {' '.join(arguments)!r}")
@@ -19,6 +22,11 @@ def main(arguments: list[str]) -> None:
         os.environ["PREFECT_API_URL"] = url  # before Prefect is imported, which reads it
     module = import_module(f"tve_pipeline.flows.{name}")
     getattr(module, name)()
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """Exits as a shell reports the signal, after what is registered to run at exit."""
+    sys.exit(128 + number)
 
 
 def running_server() -> str | None:
