@@ -73,6 +73,7 @@ def test_a_wrong_section_or_key_is_named(project: Path, changes: dict[str, Any],
     ("changes", "message"),
     [
         ({"run__backbones": ["resnet"]}, "run.backbones: expected one of vit_scenes, got 'resnet'"),
+        ({"run__vit_shapley": ["resnet"]}, "run.vit_shapley: expected one of vit_scenes, got 'resnet'"),
         ({"run__two_networks": ["resnet"]}, "run.two_networks: expected one of vit_scenes, got 'resnet'"),
         ({"run__datasets": ["scenes", "scenes"]}, "run.datasets: expected each name once"),
         ({"run__task_datasets": ["birds"]}, "run.task_datasets: expected one of scenes_unlabelled, scenes"),

@@ -215,7 +215,7 @@ def _step(
         predicted = explainer(images)
     kept_loss, removed_loss = regression_loss(predicted, targets, scale)
     loss = kept_loss + removed_loss
-    descend(optimizer, loss, f"step {step}", keys, "lower pretrain.learning_rate")
+    descend(optimizer, loss, f"step {step}", keys, "lower the learning rate")
     return kept_loss.item(), removed_loss.item()
 
 

@@ -157,6 +157,7 @@ def check_run(profile: Profile) -> None:
     """
     run, datasets = profile.run, profile.datasets
     _require_known("run.backbones", run.backbones, profile.backbones)
+    _require_known("run.vit_shapley", run.vit_shapley, run.backbones)
     _require_known("run.two_networks", run.two_networks, run.backbones)
     _require_known("run.datasets", run.datasets, datasets)
     _require_known("run.pretrain_dataset", [run.pretrain_dataset], run.datasets)

@@ -78,12 +78,14 @@ class RunParams(Section):
     pretrain_dataset: Name
     task_datasets: tuple[Name, ...] = Field(min_length=1)  # what `heads` and `evaluate` run on
     methods: tuple[Name, ...] = Field(min_length=1)  # what `evaluate` runs
+    vit_shapley: tuple[Name, ...]  # backbones for which ViT-Shapley is trained
     two_networks: tuple[Name, ...]  # backbones for which the paper's form of the explainer is trained too
     backbone_reads: str  # a path that the backbone stage depends on
 
     def methods_of(self, backbone: str) -> tuple[str, ...]:
         """What is evaluated of a backbone: `methods`, and those that have a training stage of their own."""
-        return (*self.methods, VIT_SHAPLEY, *([TWO_NETWORKS] if backbone in self.two_networks else []))
+        trained = {VIT_SHAPLEY: self.vit_shapley, TWO_NETWORKS: self.two_networks}
+        return (*self.methods, *(method for method, backbones in trained.items() if backbone in backbones))
 
 
 class ScenesDataset(Section):

@@ -10,7 +10,7 @@ from tve_pipeline.pretraining import PretrainParams, train_explainer
 
 def main(argv: list[str]) -> None:
     (name,) = argv
-    train_explainer(name, load_section("pretrain", PretrainParams), "pretrain")
+    train_explainer(name, load_section("pretrain", PretrainParams), stage="pretrain", section="pretrain")
 
 
 if __name__ == "__main__":

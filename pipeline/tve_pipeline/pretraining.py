@@ -106,8 +106,11 @@ class PretrainParams(Section):
         return self
 
 
-def train_explainer(name: str, params: PretrainParams, stage: str) -> None:
-    """Pre-trains an explainer for the backbone `name`, into models/P/STAGE/NAME and results/P/STAGE/NAME."""
+def train_explainer(name: str, params: PretrainParams, stage: str, section: str) -> None:
+    """Pre-trains an explainer for the backbone `name`, into models/P/STAGE/NAME and results/P/STAGE/NAME.
+
+    `section` is where params.yaml says it, for messages.
+    """
     profile, removal = active_profile(), load_backbone_params(name).removal
     shards_folder = Path("data", profile, "shards", load_section("run", RunParams).pretrain_dataset)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -116,7 +119,7 @@ def train_explainer(name: str, params: PretrainParams, stage: str) -> None:
     shards = Shards.open(shards_folder)
     backbone = open_backbone(Path("models", profile, "backbone", name)).to(device)
     explainer = build_explainer(backbone, params, removal).to(device)
-    initialisation = initialise_two_networks(explainer, shards, params)
+    initialisation = initialise_two_networks(explainer, shards, params, section)
     checkpoint = Path(".tve", "checkpoints", profile, stage, f"{name}.pt")
     result = run(explainer, shards, params, checkpoint, index_sha256=file_sha256(shards_folder / INDEX_FILE))
     with whole_folder(Path("models", profile, stage, name)) as folder:
@@ -143,7 +146,7 @@ def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal
     return Explainer(backbone, config)
 
 
-def initialise_two_networks(explainer: Explainer, shards: Shards, params: PretrainParams) -> str:
+def initialise_two_networks(explainer: Explainer, shards: Shards, params: PretrainParams, section: str) -> str:
     """Starts the paper's networks from a masked autoencoder where one is asked for; says what was done."""
     network = explainer.network
     if not isinstance(network, TwoNetworks):
@@ -153,7 +156,7 @@ def initialise_two_networks(explainer: Explainer, shards: Shards, params: Pretra
     backbone = explainer.backbone
     preprocessing = backbone.config.preprocessing
     if params.mae.weights is not None:
-        path = existing_path(params.mae.weights, "pretrain.mae.weights")
+        path = existing_path(params.mae.weights, f"{section}.mae.weights")
         initialise_from_file(network, path, mean=preprocessing.mean, std=preprocessing.std)
         return network.initialisation
     device = next(backbone.parameters()).device

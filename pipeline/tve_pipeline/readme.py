@@ -12,11 +12,15 @@ from PIL import Image
 
 from tve import figures
 from tve_pipeline import recorded
+from tve_pipeline.compare import read_cell
+from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_tables import number
 
-CELL = Path("results", "scenes", "compare", "vit_scenes-scenes")
-PRETRAIN = Path("results", "scenes", "pretrain", "vit_scenes", "metrics.json")
-HEADS = Path("results", "scenes", "heads", "vit_scenes-scenes", "metrics.json")
+BACKBONE, DATASET = "vit_scenes", "scenes"
+CELL = Path("results", "scenes", "compare", f"{BACKBONE}-{DATASET}")
+EVALUATED = Path("results", "scenes", "evaluate", f"{BACKBONE}-{DATASET}")
+PRETRAIN = Path("results", "scenes", "pretrain", BACKBONE, "metrics.json")
+HEADS = Path("results", "scenes", "heads", f"{BACKBONE}-{DATASET}", "metrics.json")
 PICTURE = Path("docs", "images", "heatmaps.png")
 SCENE = Path("docs", "images", "scene.png")  # what the README's example explains
 README = Path("README.md")
@@ -80,16 +84,20 @@ def _pictures() -> Any:
 
 def _table() -> str:
     metrics = json.loads((CELL / "metrics.json").read_text())
+    cell = read_cell(EVALUATED, sorted(path.name for path in EVALUATED.iterdir()))
+    assert cell is not None, EVALUATED
+    columns = {column.task: column for column in recorded.columns_of(BACKBONE, cell)}
     learned = json.loads(PRETRAIN.read_text())
     lines = [
         "| F⁺ ↑ / F⁻ ↓, removal `drop` | passes | " + " | ".join(TASKS) + " |",
         "|---|---|" + "---|" * len(TASKS),
     ]
-    for method in METHODS:
+    for method in (name for name in METHODS if name in metrics["maps"]):
         cells = []
         for task in TASKS:
             of_task = metrics["tasks"][task]["methods"][method]["drop"]
-            cells.append(" / ".join(_number(of_task[name]["mean"], 3) for name in ("fidelity_plus", "fidelity_minus")))
+            pair = " / ".join(_number(of_task[name]["mean"], 3) for name in FIDELITIES)
+            cells.append(pair if method == recorded.REFERENCE else f"{pair} {columns[task].marks(method)}")
         passes = metrics["maps"][method]
         price = f"{passes['forwards']} + {passes['backwards']}" if passes["backwards"] else str(passes["forwards"])
         lines.append(f"| {figures.style_of(method).label} | {price} | " + " | ".join(cells) + " |")

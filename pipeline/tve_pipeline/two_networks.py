@@ -38,7 +38,7 @@ class TwoNetworksStageParams(Section):
 def main(argv: list[str]) -> None:
     (name,) = argv
     own, pretrain = load_section("two_networks", TwoNetworksStageParams), load_section("pretrain", PretrainParams)
-    train_explainer(name, own.beside(pretrain), "two_networks")
+    train_explainer(name, own.beside(pretrain), stage="two_networks", section="two_networks.train")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,8 @@ def test_a_negative_map_has_the_negative_score_and_a_constant_map_none(
     found = road(evaluator, images, KEYS, {"map": scored, "negative": negative, "constant": constant}, FRACTIONS)
     assert (found["map"].score_B.abs() > 1e-4).all()
     torch.testing.assert_close(found["negative"].score_B, -found["map"].score_B)
-    assert found["constant"].score_B.tolist() == [0, 0, 0]
+    # The last bits of a picture's numbers depend on its place in a batch on some processors.
+    torch.testing.assert_close(found["constant"].score_B, torch.zeros(3), atol=1e-6, rtol=0)
 
 
 def test_a_pictures_score_depends_on_seed_and_key_and_not_on_the_batch(

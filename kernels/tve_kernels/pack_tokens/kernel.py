@@ -114,8 +114,7 @@ def masks_kernel(
         columns = tl.arange(0, BLOCK_G)[None, :]
         words_RG = tl.load(words[:, None] + columns, mask=valid[:, None] & (columns < NUM_WORDS), other=0)
         counts_RG = _num_bits(words_RG.to(tl.uint32, bitcast=True))
-        # Triton 3.6 compiles no scan over an axis of one.
-        upto_RG = counts_RG if BLOCK_G == 1 else tl.cumsum(counts_RG, axis=1)
+        upto_RG = tl.cumsum(counts_RG, axis=1)
         passed_RG = upto_RG <= patch[:, None]
         index = tl.sum(passed_RG.to(tl.int32), axis=1)
         before = tl.sum(tl.where(passed_RG, counts_RG, 0), axis=1)
@@ -177,6 +176,14 @@ def tile(width: int) -> tuple[int, int]:
     divisor = width & -width
     columns = min(divisor if divisor >= 64 else triton.next_power_of_2(width), MAX_COLUMNS)
     return ELEMENTS // columns, columns
+
+
+def block_of_words(num_words: int) -> int:
+    """Words of a row that a program loads, a power of two.
+
+    Never fewer than eight: Triton 3.6 compiles no scan of 4 or 8 rows over an axis of one, two or four.
+    """
+    return max(8, int(triton.next_power_of_2(num_words)))
 
 
 @on_device_of_first
@@ -252,7 +259,7 @@ def pack_masks(
             NUM_PREFIX=num_prefix,
             ZERO=absent_NV is not None,
             BLOCK_R=block_r,
-            BLOCK_G=triton.next_power_of_2(num_words),
+            BLOCK_G=block_of_words(num_words),
             BLOCK_V=block_v,
         )
     return packed_RV
@@ -287,7 +294,7 @@ def _case(dtype: str, num_patches: int, width: int, *, windows: bool, zero: bool
         constexprs |= {"SIDE": round(num_patches**0.5), "RADIUS": 2}
     else:
         signature |= {"words_MG": "*i32"}
-        constexprs |= {"NUM_WORDS": num_words, "BLOCK_G": triton.next_power_of_2(num_words)}
+        constexprs |= {"NUM_WORDS": num_words, "BLOCK_G": block_of_words(num_words)}
     if zero:
         signature |= {"absent_NV": f"*{dtype}", "absent_stride_n": "i32"}
     else:
@@ -310,7 +317,10 @@ CASES = tuple(
         ("bf16", 196, 3072, False),
         ("bf16", 1369, 3072, False),
         ("bf16", 1369, 3072, True),
-        # Small pictures: a mask of one word, of two and of four.
+        # Small pictures: a mask of one word, of two and of four, with few rows in a program and with many.
+        ("bf16", 36, 512, False),
+        ("bf16", 36, 128, True),
+        ("bf16", 100, 3072, False),
         ("fp32", 16, 512, False),
         ("bf16", 49, 768, False),
         ("bf16", 64, 128, True),
