@@ -73,6 +73,7 @@ def test_a_mistake_that_a_stage_finds_becomes_one_line_and_any_other_error_keeps
 
 def test_a_mistake_on_the_command_line_prints_one_line_and_ends_with_1() -> None:
     command = [sys.executable, "-m", "tve_pipeline.shards"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "pipeline")))}
+    paths = [str(ROOT), str(ROOT / "pipeline"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", "shards: expected DATASET, got []\n")
