@@ -85,7 +85,7 @@ def _name_absent(profile: str, columns: Sequence[Column]) -> None:
     there = {name for column in columns for name in column.scores}
     absent = [name for name in (*RIVALS, *SAMPLERS) if not any(map_name.startswith(name) for map_name in there)]
     if absent:
-        print(f"{profile} does not run {', '.join(absent)}; with FULL=1 the rows of scenes_grid are read", file=sys.stderr)
+        print(f"{profile} does not run {', '.join(absent)}; FULL=1 reads the rows of scenes_grid", file=sys.stderr)
 
 
 def read_columns(profile: str, num_pictures: int | None) -> Iterator[Column]:
