@@ -4,7 +4,7 @@
     tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
     tve lineage diff A B            what differs between two runs
     tve lineage crate               the runs as a Workflow Run RO-Crate, for platforms
-    tve lineage unused              evidence of runs that this dvc.lock does not tell of
+    tve lineage unused              stages that dvc.yaml no longer has, and evidence of runs that dvc.lock does not tell of
     tve verify FOLDER               an export by the signed list of files in it, wherever it was copied
     tve keys [trust]                who signs here, and whom this repository trusts
 
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 from tve_pipeline.lineage import audit as auditing
 from tve_pipeline.lineage import diff as differences
@@ -27,7 +28,7 @@ from tve_pipeline.lineage.crate import METADATA_FILE
 from tve_pipeline.lineage.crate import crate as run_crate
 from tve_pipeline.lineage.evidence import FOLDER, evidence_path
 from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own_key, trusted_keys
-from tve_pipeline.lineage.lock import active_profile, load_lock, lock_key
+from tve_pipeline.lineage.lock import DVC_LOCK, active_profile, load_lock, lock_key, of_profile
 from tve_pipeline.lineage.manifest import verify_folder
 
 SHOWN = 40  # findings that a terminal gets; --json has all
@@ -124,12 +125,27 @@ def crate(asked: argparse.Namespace) -> int:
 
 
 def unused(asked: argparse.Namespace) -> int:
+    for name in _stages_of_the_past(asked.root, delete=asked.delete):
+        print(f"{DVC_LOCK}: {name}")
     told = {asked.root / evidence_path(name, lock_key(entry)) for name, entry in load_lock(asked.root).items()}
     for path in sorted(set((asked.root / FOLDER).rglob("*.json")) - told):
         print(path.relative_to(asked.root).as_posix())
         if asked.delete:
             path.unlink()
     return 0
+
+
+def _stages_of_the_past(root: Path, *, delete: bool) -> list[str]:
+    """Stages of the active profile that dvc.lock tells of and dvc.yaml no longer has: DVC keeps them there."""
+    from dvc.dvcfile import Lockfile
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        there = {getattr(stage, "name", None) for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"}
+        past = [name for name in of_profile(load_lock(root), active_profile(root)) if name not in there]
+        for name in past if delete else ():
+            Lockfile(repo, DVC_LOCK).remove_stage(SimpleNamespace(name=name))
+    return past
 
 
 def diff(asked: argparse.Namespace) -> int:
@@ -213,7 +229,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     each.add_argument("--output", type=Path, metavar="FILE", help=f"by default {METADATA_FILE} in the root")
     each.set_defaults(run=crate)
-    each = lineage.add_parser("unused", help="evidence of runs that this dvc.lock does not tell of")
+    each = lineage.add_parser(
+        "unused", help="stages that dvc.yaml no longer has, and evidence of runs that dvc.lock does not tell of"
+    )
     each.add_argument("--delete", action="store_true", help="delete it; git still has what was committed")
     each.set_defaults(run=unused)
     each = lineage.add_parser("diff", help="what differs between two runs")

@@ -18,7 +18,7 @@ from tve_pipeline.lineage.audit import Report, audit
 from tve_pipeline.lineage.crate import crate
 from tve_pipeline.lineage.files import records
 from tve_pipeline.lineage.keys import own_signer, seal, unseal
-from tve_pipeline.lineage.lock import load_lock
+from tve_pipeline.lineage.lock import in_order, load_lock
 from tve_pipeline.lineage.page import page
 
 STAGES = ("draw", "train", "export", "score")
@@ -268,6 +268,24 @@ def test_evidence_of_runs_that_the_lock_does_not_tell_of_is_listed_and_deleted_a
     assert earlier.exists()
     run(*command, "--delete", cwd=project)
     assert (told.exists(), earlier.exists()) == (True, False)
+    assert run(*command, cwd=project).stdout == ""
+
+
+def test_a_stage_that_the_graph_no_longer_has_is_listed_and_taken_out_of_the_lock_alone(project: Path) -> None:
+    graph, lock = project / "dvc.yaml", project / "dvc.lock"
+    before = lock.read_text()
+    document = yaml.safe_load(graph.read_text())
+    last = in_order(load_lock(project))[-1]
+    del document["stages"][last]
+    graph.write_text(yaml.safe_dump(document))
+    command = ("python", "-m", "tve_pipeline.cli", "lineage", "unused")
+    assert run(*command, cwd=project).stdout.splitlines() == [f"dvc.lock: {last}"]
+    assert lock.read_text() == before
+    lines = run(*command, "--delete", cwd=project).stdout.splitlines()
+    assert [line.split("/")[0] for line in lines] == [f"dvc.lock: {last}", "evidence"]
+    left = yaml.safe_load(before)["stages"]
+    del left[last]
+    assert load_lock(project) == left
     assert run(*command, cwd=project).stdout == ""
 
 
