@@ -4,7 +4,7 @@
     tve lineage show ARTIFACT       the stages behind an artifact, with commits, seeds and devices
     tve lineage diff A B            what differs between two runs
     tve lineage crate               the runs as a Workflow Run RO-Crate, for platforms
-    tve lineage unused              stages that dvc.yaml no longer has, and evidence of runs that dvc.lock does not tell of
+    tve lineage unused              stages that dvc.yaml no longer has, evidence of runs that dvc.lock does not tell of
     tve verify FOLDER               an export by the signed list of files in it, wherever it was copied
     tve keys [trust]                who signs here, and whom this repository trusts
 
