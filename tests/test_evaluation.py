@@ -24,7 +24,7 @@ from tve.heads import save_head
 from tve.samples import decode_image
 from tve.shards import Shards
 from tve.transfer_rule import TransferRule
-from tve_pipeline.compare import MEASURES, CompareParams, compare
+from tve_pipeline.compare import MEASURES, CompareParams, compare, read_cell
 from tve_pipeline.evaluate_measures import EvaluateParams, RobustnessParams, TaskHead, object_patches
 from tve_pipeline.evaluate_parts import Parts
 from tve_pipeline.evaluate_results import write_results
@@ -99,7 +99,7 @@ def method_named(name: str, explainer: Explainer) -> Method:
     if name == "tve":
         return reading_of_explainer(explainer)
     if name == "exact_windows":
-        evaluator = make_evaluators(explainer, PARAMS)["drop"]
+        evaluator = make_evaluators(explainer.backbone, "drop", PARAMS)["drop"]
         return reading_of_windows(evaluator, explainer.family, explainer.empty_D)
     if name == "tve_hg":
         head = explainer.backbone.classifier()
@@ -118,9 +118,10 @@ def evaluated(
     ranks: Sequence[tuple[int, int]] = ((0, 1),),
 ) -> Path:
     parts = Parts.open(folder.with_name(f"{folder.name}.parts"), {"made": "from this"})
+    backbone = explainer.backbone
     for rank, world_size in ranks:
-        evaluators = make_evaluators(explainer, params)
-        evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
+        evaluators = make_evaluators(backbone, "drop", params)
+        evaluate(method, backbone, "drop", heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
     folder.mkdir(parents=True)
     facts = {"method": folder.name, "trained_for": "drop", "origins": ORIGINS, "evaluate": {"seed": params.seed}}
     write_results(parts, params.fractions, list(heads), facts, folder)
@@ -261,6 +262,23 @@ def test_methods_measured_on_other_weights_are_not_compared(results: Path, tmp_p
     write_json(tmp_path / "tve" / "facts.json", facts)
     with pytest.raises(ValueError, match="expected one backbone_sha256 for every method"):
         compare(tmp_path, ("tve", "controls"), CompareParams(num_bootstrap=10, seed=0), "", tmp_path)
+
+
+def test_readings_are_of_one_explainer_and_what_reads_none_may_be_older(results: Path, tmp_path: Path) -> None:
+    methods = ("tve", "tve_hg", "controls")
+    for name in methods:
+        (tmp_path / name).mkdir()
+        for file in (results / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    for name, accepted in (("controls", True), ("tve_hg", False)):
+        facts = json_of(tmp_path / name / "facts.json")
+        facts["origins"]["explainer_sha256"] = "1" * 64
+        write_json(tmp_path / name / "facts.json", facts)
+        if accepted:
+            assert read_cell(tmp_path, methods) is not None
+        else:
+            with pytest.raises(ValueError, match="expected one explainer_sha256 for every method"):
+                read_cell(tmp_path, methods)
 
 
 def test_a_method_that_is_not_defined_for_a_backbone_is_named_with_the_reason(results: Path, tmp_path: Path) -> None:
@@ -414,7 +432,7 @@ def test_dear_measures_are_those_of_the_library_on_the_first_pictures_and_empty_
     images = torch.stack([explainer.backbone.preprocess(decode_image(sample.image)) for sample in samples])
     keys, head = [sample.key for sample in samples], heads["digit"].head
     target = head(explainer.backbone(images)).argmax(-1)
-    evaluator = make_evaluators(explainer, PARAMS)["drop"]
+    evaluator = make_evaluators(explainer.backbone, "drop", PARAMS)["drop"]
     scored = {"tve": ScoredMap(explainer.explain(images, head, target), head, target)}
 
     def explain(images_M3SS: torch.Tensor, key: str) -> torch.Tensor:

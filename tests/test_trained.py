@@ -55,7 +55,7 @@ def test_where_nothing_is_said_of_the_networks_none_can_be_trained() -> None:
 
 def test_a_backbone_has_the_methods_that_run_for_it() -> None:
     run = load_section("run", RunParams, PROFILES / "scenes_grid.yaml")
-    assert run.methods_of("swin_scenes") == (*run.methods, "vit_shapley", "tve_two_networks")
+    assert run.methods_of("swin_scenes") == (*run.readings, *run.methods, "vit_shapley", "tve_two_networks")
     assert load_section("run", RunParams, PROFILES / "real.yaml").methods_of("vit_tiny")[-1] == "vit_shapley"
     default = load_section("run", RunParams, PROFILES / "scenes.yaml")
-    assert default.methods_of("vit_scenes") == default.methods
+    assert default.methods_of("vit_scenes") == (*default.readings, *default.methods)

@@ -48,6 +48,7 @@ from tve_pipeline.params import (
     load_section,
 )
 from tve_pipeline.pretraining import HELD_OUT_SPLIT, TRAIN_SPLIT, PretrainParams, build_explainer
+from tve_pipeline.readings import reading_settings
 from tve_pipeline.report import ReportParams
 from tve_pipeline.scenes import SPLIT_IDS, TASKS
 from tve_pipeline.shapley import ShapleyParams
@@ -165,6 +166,9 @@ def check_run(profile: Profile) -> None:
     _require_known("run.methods", run.methods, list(defined("methods")))
     for name in run.methods:
         load_entry("methods", name, method_settings(name))
+    _require_known("run.readings", run.readings, list(defined("methods")))
+    for name in run.readings:
+        load_entry("methods", name, reading_settings(name))
     for name in run.datasets:
         dataset = datasets[name]
         if isinstance(dataset, ScenesDataset):

@@ -23,7 +23,7 @@ from tve_pipeline.entry import run_stage
 from tve_pipeline.evaluate_results import CURVES_HEADER
 from tve_pipeline.measure_names import FIDELITIES, MEASURES
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import Count, RunParams, Section, Seed, active_profile, load_params, load_section
+from tve_pipeline.params import READINGS, Count, RunParams, Section, Seed, active_profile, load_params, load_section
 
 REFERENCE, EXACT = "tve", "exact_windows"
 ROBUSTNESS_MEASURES = ("road", "infidelity", "sensitivity")  # of the first pictures alone
@@ -90,15 +90,15 @@ def compare(evaluated: Path, methods: Sequence[str], params: CompareParams, suff
         )
         for name, correct_only in (("tasks", False), ("correct_only", True))
     }
-    facts = next(iter(cell.facts.values()))
+    origins = {name: value for facts in cell.facts.values() for name, value in facts["origins"].items()}
     document = {
         "num_pictures": len(cell.keys),
         "reference": REFERENCE + suffix,
         "missing": [name for name in methods if name not in cell.facts and name not in cell.not_defined],
         "not_defined": cell.not_defined,
         "maps": seconds_and_costs(cell),
-        "trained_for": facts["trained_for"],
-        "origins": facts["origins"],
+        "trained_for": next(iter(cell.facts.values()))["trained_for"],
+        "origins": origins,
     }
     write_json(folder / "metrics.json", document | both)
     folders = [evaluated / name for name in cell.facts]
@@ -286,8 +286,9 @@ def _read_scores(path: Path) -> Iterator[tuple[tuple[str, str], tuple[str, ...],
 
 def _require_one_origin(folder: Path, facts: Mapping[str, Mapping[str, Any]]) -> None:
     """Raises ValueError where methods were measured on other weights, pictures or another protocol than each other."""
-    for name in ("backbone_sha256", "explainer_sha256", "heads_sha256", "shards_sha256", "protocol_sha256"):
-        values = {method: found["origins"][name] for method, found in facts.items()}
+    for name in ("backbone_sha256", "heads_sha256", "shards_sha256", "protocol_sha256", "explainer_sha256"):
+        asked = [method for method in facts if name != "explainer_sha256" or method in READINGS]
+        values = {method: facts[method]["origins"][name] for method in asked}
         if len(set(values.values())) > 1:
             raise ValueError(f"{folder}: expected one {name} for every method, got {values}; run `dvc repro`")
     settings = {method: json.dumps(found["evaluate"], sort_keys=True) for method, found in facts.items()}

@@ -6,7 +6,7 @@ torchrun --standalone --nproc-per-node 2 -m tve_pipeline.evaluate BACKBONE DATAS
 
 from tve.baselines.method import Method
 from tve_pipeline.entry import run_stage
-from tve_pipeline.evaluation import Given, run_cell
+from tve_pipeline.evaluation import Given, open_subject, run_cell
 from tve_pipeline.methods import METHODS, method_settings
 from tve_pipeline.params import load_entry
 
@@ -18,7 +18,9 @@ def main(argv: list[str]) -> None:
     def build(given: Given) -> Method:
         return METHODS[name].build(given, settings)
 
-    run_cell(backbone, dataset, name, settings.model_dump(mode="json"), build, METHODS[name].obstacle)
+    subject = open_subject(backbone)
+    obstacle = METHODS[name].obstacle(subject.backbone)
+    run_cell(subject, dataset, name, settings.model_dump(mode="json"), build, obstacle=obstacle)
 
 
 if __name__ == "__main__":

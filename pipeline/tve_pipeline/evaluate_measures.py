@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from tve.backbones import Backbone
 from tve.baselines.method import Answers, Method, Question
 from tve.evaluator import CoalitionEvaluator
-from tve.explainer import Explainer
 from tve.fidelity.areas import deletion_area, insertion_area
 from tve.fidelity.detection import average_precision, mass_inside, pointing_hit
 from tve.fidelity.road import road
@@ -96,7 +95,8 @@ class Measuring:
     def of(
         cls,
         method: Method,
-        explainer: Explainer,
+        backbone: Backbone,
+        removal: Removal,
         heads: Mapping[str, TaskHead],
         params: EvaluateParams,
         evaluators: Mapping[str, CoalitionEvaluator],
@@ -107,12 +107,12 @@ class Measuring:
         shown = np.linspace(0, num_pictures - 1, min(params.num_heatmaps, num_pictures)).round().astype(int).tolist()
         return cls(
             method=method,
-            backbone=explainer.backbone,
+            backbone=backbone,
             heads=heads,
             params=params,
             evaluators=evaluators,
-            empty={removal: evaluators[removal].empty() for removal in params.removals},
-            trained_for=explainer.config.removal,
+            empty={each: evaluators[each].empty() for each in params.removals},
+            trained_for=removal,
             mask_objects=tuple(mask_objects),
             shown=frozenset(shown),
         )

@@ -11,7 +11,7 @@ from tve.baselines.method import Method
 from tve.baselines.readings import reading_of_explainer
 from tve.digests import file_sha256
 from tve_pipeline.entry import run_stage
-from tve_pipeline.evaluation import Given, run_cell
+from tve_pipeline.evaluation import Given, open_subject, run_cell
 from tve_pipeline.params import TWO_NETWORKS, active_profile
 from tve_pipeline.trained import STATE_FILE, open_trained
 
@@ -21,10 +21,11 @@ def main(argv: list[str]) -> None:
     folder = Path("models", active_profile(), "two_networks", backbone)
 
     def build(given: Given) -> Method:
-        explainer = open_trained(folder, given.explainer.backbone).eval()
+        explainer = open_trained(folder, given.backbone).eval()
         return reading_of_explainer(explainer, given.params.output, TWO_NETWORKS)
 
-    run_cell(backbone, dataset, TWO_NETWORKS, {"weights_sha256": file_sha256(folder / STATE_FILE)}, build)
+    settings = {"weights_sha256": file_sha256(folder / STATE_FILE)}
+    run_cell(open_subject(backbone), dataset, TWO_NETWORKS, settings, build)
 
 
 if __name__ == "__main__":

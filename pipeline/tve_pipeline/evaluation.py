@@ -1,4 +1,4 @@
-"""Explanation methods evaluated picture by picture: what the stages `evaluate` and `evaluate_shapley` do.
+"""Explanation methods evaluated picture by picture: what the stage `evaluate` and those named `evaluate_…` do.
 
 All tasks of a dataset share their pictures, and a method is asked about all of them at once. Each batch is written when
 it is done, so that a run that was cut short goes on from there; several processes share the batches between them, and
@@ -20,12 +20,11 @@ import torch
 import torch.distributed
 from tqdm import tqdm
 
-from tve.backbones import Backbone
+from tve.backbones import Backbone, open_backbone
 from tve.baselines.method import Method
+from tve.coalitions import Windows
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator, drop_obstacle, require_droppable
-from tve.explainer import Explainer
-from tve.export import load_explainer
 from tve.fidelity.levels import level_sizes
 from tve.heads import load_head
 from tve.removal import Removal
@@ -35,86 +34,106 @@ from tve_pipeline.evaluate_measures import EvaluateParams, Measuring, TaskHead
 from tve_pipeline.evaluate_parts import Parts, code_digest
 from tve_pipeline.evaluate_results import write_results
 from tve_pipeline.outputs import whole_folder, write_json
-from tve_pipeline.params import active_profile, load_section
+from tve_pipeline.params import WindowsParams, active_profile, load_backbone_params, load_section
 
 PROTOCOL = Path("docs", "protocol.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A backbone of a profile on the device to use, and the operator and windows that explanations of it are about."""
+
+    name: str  # of section `backbones`
+    backbone: Backbone
+    removal: Removal
+    windows: Windows
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
     """What methods are made from."""
 
-    explainer: Explainer
-    evaluator: CoalitionEvaluator  # under the removal operator that the explainer was trained for
+    backbone: Backbone
+    windows: Windows
+    evaluator: CoalitionEvaluator  # under the removal operator that the profile's explainer is for
     params: EvaluateParams
 
 
+def open_subject(name: str) -> Subject:
+    """A backbone of the active profile with its `backbones.NAME.removal` and windows of `pretrain.radius`."""
+    backbone = open_backbone(Path("models", active_profile(), "backbone", name)).to(own_device())
+    radius = load_section("pretrain", WindowsParams).radius
+    return Subject(name, backbone, load_backbone_params(name).removal, Windows(backbone.patches_per_side, radius))
+
+
 def run_cell(
-    backbone: str,
+    subject: Subject,
     dataset: str,
     name: str,
     settings: Mapping[str, Any],
     build: Callable[[Given], Method],
-    obstacle: Callable[[Backbone], str] = lambda _: "",
+    *,
+    obstacle: str = "",
+    origins: Mapping[str, str] | None = None,
 ) -> None:
     """Evaluates one method on the tasks of a dataset, into results/P/evaluate/BACKBONE-DATASET/METHOD.
 
     Args:
-        backbone: of section `backbones`.
+        subject: the backbone.
         dataset: of section `datasets`.
         name: of the method.
         settings: of the method; a run that was cut short under others is not gone on with.
         build: makes the method.
-        obstacle: why a method is not defined for a backbone, "" where it is; then the reason is all that is written.
+        obstacle: why the method is not defined for the backbone, "" where it is; then that is all that is written.
+        origins: digests of what else the method reads, such as its explainer.
     """
-    profile, cell = active_profile(), f"{backbone}-{dataset}"
-    params = load_section("evaluate", EvaluateParams)
-    device = own_device()
-    shards = Shards.open(Path("data", profile, "shards", dataset))
-    export, head_folder = Path("models", profile, "export", backbone), Path("models", profile, "heads", cell)
-    explainer = load_explainer(export).to(device)
-    heads = load_task_heads(head_folder, explainer.backbone, shards.tasks)
-    params = params.model_copy(update={"removals": served_removals(explainer.backbone, params.removals)})
+    profile, cell = active_profile(), f"{subject.name}-{dataset}"
     results_folder = Path("results", profile, "evaluate", cell, name)
-    if reason := obstacle(explainer.backbone):
+    if obstacle:
         if os.environ.get("RANK", "0") == "0":
             with whole_folder(results_folder) as results:
-                write_json(results / "facts.json", {"method": name, "not_defined": reason})
+                write_json(results / "facts.json", {"method": name, "not_defined": obstacle})
         return
-    evaluators = make_evaluators(explainer, params)
-    method = build(Given(explainer, evaluators[explainer.config.removal], params))
-    origins = {
-        "backbone_sha256": explainer.backbone.weights_sha256,
-        "explainer_sha256": json.loads((export / "config.json").read_text())["explainer_sha256"],
+    backbone, removal = subject.backbone, subject.removal
+    params = load_section("evaluate", EvaluateParams)
+    params = params.model_copy(update={"removals": served_removals(backbone, params.removals)})
+    shards = Shards.open(Path("data", profile, "shards", dataset))
+    head_folder = Path("models", profile, "heads", cell)
+    heads = load_task_heads(head_folder, backbone, shards.tasks)
+    evaluators = make_evaluators(backbone, removal, params)
+    method = build(Given(backbone, subject.windows, evaluators[removal], params))
+    all_origins = {
+        "backbone_sha256": backbone.weights_sha256,
         "heads_sha256": file_sha256(head_folder / "heads.json"),
         "shards_sha256": file_sha256(shards.folder / INDEX_FILE),
         "protocol_sha256": file_sha256(PROTOCOL),
         "code_sha256": code_digest(),
+        **(origins or {}),
     }
     made_from = {
-        "origins": origins,
+        "origins": all_origins,
         "evaluate": params.model_dump(mode="json"),
         "method": dict(settings),
-        "device": device.type,
+        "device": own_device().type,
         "torch": torch.__version__,
     }
     with several_processes() as (rank, world_size):
         parts = Parts.open(Path(".tve", "evaluate", profile, cell, name), made_from)
-        evaluate(method, explainer, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
+        evaluate(method, backbone, removal, heads, shards, params, evaluators, parts, rank=rank, world_size=world_size)
         if world_size > 1:
             torch.distributed.barrier()
         if rank == 0:
-            arithmetic = evaluators[explainer.config.removal].arithmetic
+            arithmetic = evaluators[removal].arithmetic
             with whole_folder(results_folder) as results:
                 facts = {
                     "method": name,
                     "settings": dict(settings),
                     "evaluate": params.model_dump(mode="json"),
                     "num_processes": world_size,  # which slow each other down
-                    "trained_for": explainer.config.removal,
+                    "trained_for": removal,
                     "backends": {r: f"{each.choice.backend}: {each.choice.reason}" for r, each in evaluators.items()},
                     "precision": f"{arithmetic.precision}: {arithmetic.reason}",
-                    "origins": origins,
+                    "origins": all_origins,
                 }
                 write_results(parts, params.fractions, list(heads), facts, results)
             parts.remove()
@@ -132,17 +151,15 @@ def served_removals(backbone: Backbone, removals: Sequence[Removal]) -> tuple[Re
     return served
 
 
-def make_evaluators(explainer: Explainer, params: EvaluateParams) -> dict[str, CoalitionEvaluator]:
-    """One for each removal operator that is evaluated, and for the one that the explainer was trained for.
+def make_evaluators(backbone: Backbone, own: Removal, params: EvaluateParams) -> dict[str, CoalitionEvaluator]:
+    """One for each removal operator that is evaluated, and for the profile's own.
 
     Raises:
         ValueError: a removal that the backbone cannot serve.
     """
     return {
-        removal: CoalitionEvaluator(
-            explainer.backbone, removal, memory_mib=params.memory_mib, precision=params.precision
-        )
-        for removal in dict.fromkeys((*params.removals, explainer.config.removal))
+        removal: CoalitionEvaluator(backbone, removal, memory_mib=params.memory_mib, precision=params.precision)
+        for removal in dict.fromkeys((*params.removals, own))
     }
 
 
@@ -172,7 +189,8 @@ def load_task_heads(folder: Path, backbone: Backbone, tasks: Mapping[str, tuple[
 
 def evaluate(
     method: Method,
-    explainer: Explainer,
+    backbone: Backbone,
+    removal: Removal,
     heads: Mapping[str, TaskHead],
     shards: Shards,
     params: EvaluateParams,
@@ -186,7 +204,8 @@ def evaluate(
 
     Args:
         method: what explains.
-        explainer: whose removal operator and backbone are evaluated, on the device to use.
+        backbone: what is explained, on the device to use.
+        removal: the operator that the profile's explainer is for.
         heads: by task.
         shards: labelled pictures.
         params: the stage's section.
@@ -198,9 +217,9 @@ def evaluate(
     Raises:
         ValueError: fewer pictures than asked for.
     """
-    level_sizes(params.fractions, explainer.backbone.patches_per_side**2)
+    level_sizes(params.fractions, backbone.patches_per_side**2)
     num_pictures = require_num_pictures(shards, params)
-    measuring = Measuring.of(method, explainer, heads, params, evaluators, shards.mask_objects, num_pictures)
+    measuring = Measuring.of(method, backbone, removal, heads, params, evaluators, shards.mask_objects, num_pictures)
     with tqdm(total=num_pictures, unit="picture", desc=method.variants[0], disable=rank > 0) as progress:
         for number, samples in enumerate(batches(shards, params, num_pictures)):
             if number % world_size == rank and not parts.has(number):

@@ -20,6 +20,7 @@ from tve.removal import Removal
 PARAMS_FILE = Path("params.yaml")
 DATA_VARIABLE = "$TVE_DATA"
 DEFAULT_DATA_FOLDER = "../shared/data"
+READINGS = ("tve", "tve_hg", "tve_untrained")  # methods that read the explainer (`tve_pipeline.readings`)
 VIT_SHAPLEY, TWO_NETWORKS = "vit_shapley", "tve_two_networks"  # methods that have a training stage of their own
 # In file names, DVC's stage names and tar members these never need quoting.
 NAME_PATTERN = r"^[A-Za-z0-9_]+$"
@@ -77,15 +78,28 @@ class RunParams(Section):
     datasets: tuple[Name, ...] = Field(min_length=1)  # everything that `shards` makes
     pretrain_dataset: Name
     task_datasets: tuple[Name, ...] = Field(min_length=1)  # what `heads` and `evaluate` run on
-    methods: tuple[Name, ...] = Field(min_length=1)  # what `evaluate` runs
+    readings: tuple[Name, ...]  # what `evaluate_tve` runs: methods that read the explainer
+    methods: tuple[Name, ...]  # what `evaluate` runs: those that do not, so that another explainer leaves theirs alone
     vit_shapley: tuple[Name, ...]  # backbones for which ViT-Shapley is trained
     two_networks: tuple[Name, ...]  # backbones for which the paper's form of the explainer is trained too
     backbone_reads: str  # a path that the backbone stage depends on
 
     def methods_of(self, backbone: str) -> tuple[str, ...]:
-        """What is evaluated of a backbone: `methods`, and those that have a training stage of their own."""
+        """What is evaluated of a backbone: `readings`, `methods`, and those that have a training stage of their own."""
         trained = {VIT_SHAPLEY: self.vit_shapley, TWO_NETWORKS: self.two_networks}
-        return (*self.methods, *(method for method, backbones in trained.items() if backbone in backbones))
+        return (
+            *self.readings,
+            *self.methods,
+            *(method for method, backbones in trained.items() if backbone in backbones),
+        )
+
+
+class WindowsParams(BaseModel):
+    """What section `pretrain` says of windows, for stages that do not train."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    radius: int = Field(ge=0)
 
 
 class ScenesDataset(Section):

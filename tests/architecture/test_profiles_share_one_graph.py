@@ -82,7 +82,7 @@ def test_the_report_comes_after_every_evaluation_and_the_check_before_everything
     assert order[0] == "check@real"
     assert order[-1] == "report@real"
     cells = [f"{name}-{task}" for name in ("vit_tiny", "deit_tiny") for task in ("cats_dogs", "imagenette", "cifar10")]
-    for stage in ("evaluate@real-{}-tve", "evaluate@real-{}-rise", "evaluate_shapley@real-{}", "compare@real-{}"):
+    for stage in ("evaluate_tve@real-{}-tve", "evaluate@real-{}-rise", "evaluate_shapley@real-{}", "compare@real-{}"):
         assert {stage.format(cell) for cell in cells} <= set(order)
     for name in ("vit_tiny", "deit_tiny"):
         stages = [f"{stage}@real-{name}" for stage in ("backbone", "pretrain", "export")]

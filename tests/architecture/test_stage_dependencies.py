@@ -54,6 +54,13 @@ def test_a_stage_is_called_with_the_arguments_that_it_expects(stage: str) -> Non
     assert ast.unparse(last.body) == f"run_stage({expected})"
 
 
+@pytest.mark.parametrize("stage", ["evaluate", "evaluate_shapley", "evaluate_two_networks"])
+def test_another_explainer_has_no_method_evaluated_again_that_does_not_read_it(stage: str) -> None:
+    deps = STAGES[stage]["deps"]
+    assert not [path for path in deps if "/export/" in path or "/pretrain/" in path]
+    assert stage == "evaluate_two_networks" or "tve/explainer.py" not in deps
+
+
 def test_packages_import_one_way() -> None:
     order = list(PACKAGES)
     for module in MODULES:

@@ -5,6 +5,7 @@ A meta-attribution is made once a picture and read over every head; shares, wind
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -12,10 +13,12 @@ from torch import Tensor
 from tve.baselines.method import SUFFIXES, Answer, Answers, Cost, Question
 from tve.coalitions import CoalitionFamily
 from tve.evaluator import CoalitionEvaluator
-from tve.explainer import Explainer
 from tve.fidelity.controls import CONTROLS, control_maps
 from tve.meta_attribution import MetaAttribution, exact_windows
 from tve.transfer_rule import Head, Output, TransferRule, class_maps, of_patches
+
+if TYPE_CHECKING:
+    from tve.explainer import Explainer
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +46,7 @@ class Reading:
         return answers
 
 
-def reading_of_explainer(explainer: Explainer, output: Output = "logit", name: str = "tve") -> Reading:
+def reading_of_explainer(explainer: "Explainer", output: Output = "logit", name: str = "tve") -> Reading:
     """TVE: what an explainer predicts in one forward pass, which includes G(x)."""
     return Reading(name, explainer, Cost(1), output)
 

@@ -166,8 +166,8 @@ def candidate(profile: str, backbone: str, run: RunParams, graph: Mapping[str, S
 def targets(profile: str, backbone: str, run: RunParams) -> list[str]:
     """Stages that an explainer and its verdict need."""
     named = [f"export@{profile}-{backbone}"]
-    if METHOD in run.methods:
-        named += [f"evaluate@{profile}-{backbone}-{dataset}-{METHOD}" for dataset in run.task_datasets]
+    if METHOD in run.readings:
+        named += [f"evaluate_tve@{profile}-{backbone}-{dataset}-{METHOD}" for dataset in run.task_datasets]
     return named
 
 
@@ -207,7 +207,7 @@ def figures_of(profile: str, backbone: str, run: RunParams) -> Figures:
     removal = load_backbone_params(backbone).removal
     plus: list[float] = []
     minus: list[float] = []
-    if METHOD in run.methods:
+    if METHOD in run.readings:
         for dataset in run.task_datasets:
             rows: dict[str, list[Mapping[str, str]]] = {}
             scores = Path("results", profile, "evaluate", f"{backbone}-{dataset}", METHOD, "scores.csv")
