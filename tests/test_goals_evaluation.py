@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from tve_pipeline.goal_lines import Goals
-from tve_pipeline.goals_evaluation import against_rivals, overtaken, rise_converges, shares_of_way
+from tve_pipeline.goals_evaluation import absent_methods, against_rivals, overtaken, rise_converges, shares_of_way
 from tve_pipeline.recorded import Column
 
 NOISE = np.random.default_rng(0).normal(scale=0.01, size=(2, 40))
@@ -52,6 +52,11 @@ def test_the_budget_that_passes_is_the_least_over_cells_and_none_is_beyond_all(
     assert found["p: budget at which rise passes TVE, fidelity_plus"]["value"] == 100
     assert found["p: budget at which rise passes TVE, fidelity_minus"]["value"] == 101
     assert found["p: budget at which lime passes TVE, fidelity_plus"]["ok"] is None
+
+
+def test_methods_that_no_cell_has_are_named() -> None:
+    rivals = {"integrated_gradients": (0.3, 0.2), "deep_lift": (0.3, 0.2), "gradient_shap": (0.3, 0.2)}
+    assert absent_methods([column(rise_10=(0.4, 0.2), **rivals)]) == ["vit_shapley", "rollout", "kernel_shap", "lime"]
 
 
 def test_the_least_share_of_the_way_counts(capsys: pytest.CaptureFixture[str]) -> None:

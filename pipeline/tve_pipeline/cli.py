@@ -17,10 +17,10 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 from tve_pipeline.lineage import audit as auditing
 from tve_pipeline.lineage import diff as differences
@@ -31,6 +31,7 @@ from tve_pipeline.lineage.keys import SHORT, own_key_file, own_signer, trust_own
 from tve_pipeline.lineage.lock import DVC_LOCK, active_profile, load_lock, lock_key, of_profile
 from tve_pipeline.lineage.manifest import verify_folder
 
+DVC_FILE = "dvc.yaml"
 SHOWN = 40  # findings that a terminal gets; --json has all
 
 
@@ -125,27 +126,51 @@ def crate(asked: argparse.Namespace) -> int:
 
 
 def unused(asked: argparse.Namespace) -> int:
-    for name in _stages_of_the_past(asked.root, delete=asked.delete):
-        print(f"{DVC_LOCK}: {name}")
-    told = {asked.root / evidence_path(name, lock_key(entry)) for name, entry in load_lock(asked.root).items()}
-    for path in sorted(set((asked.root / FOLDER).rglob("*.json")) - told):
-        print(path.relative_to(asked.root).as_posix())
-        if asked.delete:
+    locked = load_lock(asked.root)
+    past = _stages_of_the_past(asked.root, locked)
+    told = {asked.root / evidence_path(name, lock_key(entry)) for name, entry in locked.items() if name not in past}
+    evidence = sorted(set((asked.root / FOLDER).rglob("*.json")) - told)
+    print(
+        *(f"{DVC_LOCK}: {name}" for name in past),
+        *(path.relative_to(asked.root).as_posix() for path in evidence),
+        sep="\n",
+        end="\n" if past or evidence else "",
+    )
+    if asked.delete:
+        _take_out(asked.root, past)
+        for path in evidence:
             path.unlink()
     return 0
 
 
-def _stages_of_the_past(root: Path, *, delete: bool) -> list[str]:
-    """Stages of the active profile that dvc.lock tells of and dvc.yaml no longer has: DVC keeps them there."""
-    from dvc.dvcfile import Lockfile
+def _stages_of_the_past(root: Path, locked: Mapping[str, Any]) -> list[str]:
+    """Stages of the active profile that dvc.lock tells of and dvc.yaml no longer has: DVC keeps them there.
+
+    Raises:
+        ValueError: dvc.yaml is not there, or DVC cannot read it.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
-        there = {getattr(stage, "name", None) for stage in repo.index.stages if stage.path_in_repo == "dvc.yaml"}
-        past = [name for name in of_profile(load_lock(root), active_profile(root)) if name not in there]
-        for name in past if delete else ():
-            Lockfile(repo, DVC_LOCK).remove_stage(SimpleNamespace(name=name))
-    return past
+    if not (root / DVC_FILE).is_file():
+        raise ValueError(f"{root / DVC_FILE}: expected the stage graph, got no such file; restore it from git")
+    try:
+        with Repo(str(root)) as repo:
+            there = {getattr(stage, "name", None) for stage in repo.index.stages if stage.path_in_repo == DVC_FILE}
+    except DvcException as error:
+        raise ValueError(f"{root}: expected a DVC project: {error}") from error
+    return [name for name in of_profile(locked, active_profile(root)) if name not in there]
+
+
+def _take_out(root: Path, stages: Sequence[str]) -> None:
+    """Takes entries out of dvc.lock, as DVC itself writes it, while no stage runs."""
+    from dvc.repo import Repo
+    from dvc.utils.serialize import modify_yaml
+
+    if stages:
+        with Repo(str(root)) as repo, repo.lock, modify_yaml(str(root / DVC_LOCK)) as document:
+            for name in stages:
+                del document["stages"][name]
 
 
 def diff(asked: argparse.Namespace) -> int:
@@ -232,7 +257,11 @@ def _parser() -> argparse.ArgumentParser:
     each = lineage.add_parser(
         "unused", help="stages that dvc.yaml no longer has, and evidence of runs that dvc.lock does not tell of"
     )
-    each.add_argument("--delete", action="store_true", help="delete it; git still has what was committed")
+    each.add_argument(
+        "--delete",
+        action="store_true",
+        help="delete the evidence, and take the stages out of dvc.lock; git still has both",
+    )
     each.set_defaults(run=unused)
     each = lineage.add_parser("diff", help="what differs between two runs")
     each.add_argument("one", metavar="A", help="an evidence file, a git revision or a DVC experiment")

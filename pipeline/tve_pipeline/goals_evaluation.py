@@ -63,7 +63,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for profile in PROFILES:
         verify_outputs(profile)
         columns = list(read_columns(profile, None if arguments.full else arguments.num_pictures))
-        _name_absent(profile, columns)
+        if absent := absent_methods(columns):
+            elsewhere = "" if arguments.full else "; FULL=1 reads the rows of scenes_grid"
+            print(f"{profile} does not run {', '.join(absent)}{elsewhere}", file=sys.stderr)
         against_rivals(goals, profile, columns)
         overtaken(goals, profile, columns)
         shares_of_way(goals, profile, columns)
@@ -80,12 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if goals.fell_short else 0
 
 
-def _name_absent(profile: str, columns: Sequence[Column]) -> None:
-    """Says which methods the goals speak of and this profile does not run; their lines have no value."""
+def absent_methods(columns: Sequence[Column]) -> list[str]:
+    """The methods that the goals speak of and no cell has."""
     there = {name for column in columns for name in column.scores}
-    absent = [name for name in (*RIVALS, *SAMPLERS) if not any(map_name.startswith(name) for map_name in there)]
-    if absent:
-        print(f"{profile} does not run {', '.join(absent)}; FULL=1 reads the rows of scenes_grid", file=sys.stderr)
+    samplers = [name for name in SAMPLERS if not any(each.startswith(f"{name}_") for each in there)]
+    return [*(name for name in RIVALS if name not in there), *samplers]
 
 
 def read_columns(profile: str, num_pictures: int | None) -> Iterator[Column]:

@@ -13,6 +13,7 @@ from PIL import Image
 from tve import figures
 from tve_pipeline import recorded
 from tve_pipeline.compare import read_cell
+from tve_pipeline.goals import methods_of
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_tables import number
 
@@ -37,7 +38,7 @@ SHOWN = ("real", "real_112")  # profiles whose tables stand between <!-- PROFILE
 RECORDED_METHODS = (
     *("tve", "exact_windows", "vit_shapley"),
     *("integrated_gradients", "deep_lift", "gradient_shap", "rollout", "attn_lrp", "grad_cam"),
-    *("rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
+    *("occlusion", "rise_50", "rise_200", "kernel_shap_50", "kernel_shap_200", "lime_50", "lime_200"),
     *("random", "random_blurred", "centre"),
 )
 
@@ -84,7 +85,7 @@ def _pictures() -> Any:
 
 def _table() -> str:
     metrics = json.loads((CELL / "metrics.json").read_text())
-    cell = read_cell(EVALUATED, sorted(path.name for path in EVALUATED.iterdir()))
+    cell = read_cell(EVALUATED, methods_of("scenes", BACKBONE))
     assert cell is not None, EVALUATED
     columns = {column.task: column for column in recorded.columns_of(BACKBONE, cell)}
     learned = json.loads(PRETRAIN.read_text())

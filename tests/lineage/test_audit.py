@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -271,22 +273,36 @@ def test_evidence_of_runs_that_the_lock_does_not_tell_of_is_listed_and_deleted_a
     assert run(*command, cwd=project).stdout == ""
 
 
-def test_a_stage_that_the_graph_no_longer_has_is_listed_and_taken_out_of_the_lock_alone(project: Path) -> None:
+def test_a_stage_that_the_graph_no_longer_has_is_listed_and_taken_out_of_the_lock_alone(
+    project: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     graph, lock = project / "dvc.yaml", project / "dvc.lock"
     before = lock.read_text()
     document = yaml.safe_load(graph.read_text())
     last = in_order(load_lock(project))[-1]
+    its_evidence = evidence(project, last)
     del document["stages"][last]
     graph.write_text(yaml.safe_dump(document))
-    command = ("python", "-m", "tve_pipeline.cli", "lineage", "unused")
-    assert run(*command, cwd=project).stdout.splitlines() == [f"dvc.lock: {last}"]
-    assert lock.read_text() == before
-    lines = run(*command, "--delete", cwd=project).stdout.splitlines()
-    assert [line.split("/")[0] for line in lines] == [f"dvc.lock: {last}", "evidence"]
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    command = ("python", "-m", "tve_pipeline.cli", "--root", str(project), "lineage", "unused")
+    listed = [f"dvc.lock: {last}", its_evidence.relative_to(project).as_posix()]
+    assert run(*command, cwd=elsewhere).stdout.splitlines() == listed
+    assert (lock.read_text(), its_evidence.exists()) == (before, True)
+    assert run(*command, "--delete", cwd=elsewhere).stdout.splitlines() == listed
     left = yaml.safe_load(before)["stages"]
     del left[last]
-    assert load_lock(project) == left
-    assert run(*command, cwd=project).stdout == ""
+    assert (load_lock(project), its_evidence.exists()) == (left, False)
+    assert run(*command, cwd=elsewhere).stdout == ""
+
+
+def test_without_its_graph_no_stage_is_of_the_past(project: Path) -> None:
+    before = (project / "dvc.lock").read_text()
+    (project / "dvc.yaml").unlink()
+    command = [sys.executable, "-m", "tve_pipeline.cli", "lineage", "unused", "--delete"]
+    done = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "expected the stage graph, got no such file" in done.stderr
+    assert (project / "dvc.lock").read_text() == before
 
 
 def test_code_changed_since(project: Path) -> None:
