@@ -1,6 +1,6 @@
 """Stage `evaluate_tve`: one reading of the explainer, evaluated as every other method is.
 
-    python -m tve_pipeline.evaluate_tve BACKBONE DATASET READING
+    python -m tve_pipeline.evaluate_tve BACKBONE DATASET METHOD
 
 A stage of its own, so that another explainer does not have the methods evaluated again that do not read it.
 """
@@ -37,4 +37,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_stage("evaluate_tve", main, "BACKBONE", "DATASET", "READING")
+    run_stage("evaluate_tve", main, "BACKBONE", "DATASET", "METHOD")

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tve_pipeline.entry import SECTION_OF
 from tve_pipeline.graph import DVC_FILE, PACKAGES, ROOT, imports, module_path, stage_closure, with_code_deps
 
 STAGES: dict[str, dict[str, Any]] = yaml.safe_load(DVC_FILE.read_text())["stages"]
@@ -52,6 +53,7 @@ def test_a_stage_is_called_with_the_arguments_that_it_expects(stage: str) -> Non
     assert isinstance(last, ast.If)
     expected = ", ".join([repr(stage), "main", *(repr(name.upper()) for name in given)])
     assert ast.unparse(last.body) == f"run_stage({expected})"
+    assert {name.upper() for name in given} <= SECTION_OF.keys()
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "evaluate_shapley", "evaluate_two_networks"])
