@@ -225,7 +225,10 @@ def verify_outputs(profile: str) -> None:
             path = Path(out["path"])
             actual = _dvc_md5(path) if path.exists() else "nothing"
             if actual != out["md5"]:
-                raise SystemExit(f"{path}: expected {out['md5']} (dvc.lock), got {actual}; run `make repro` first")
+                raise SystemExit(
+                    f"{path}: expected {out['md5']} (dvc.lock, {stage}), got {actual}; run `make repro` first, or "
+                    "`tve lineage unused --delete` where dvc.yaml no longer has that stage"
+                )
 
 
 def _dvc_md5(path: Path) -> str:
