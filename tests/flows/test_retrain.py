@@ -151,7 +151,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def cut_shorter(profile: dict[str, Any]) -> None:
-    profile["run"]["methods"] = ["tve"]
+    profile["run"] |= {"readings": ["tve"], "methods": []}
     profile["datasets"]["scenes_unlabelled"]["splits"] = {"pretrain": 256, "pretrain_val": 64}
     profile["datasets"]["scenes"]["splits"] = {"train": 256, "test": 64}
     profile["backbone"]["train"]["num_steps"] = 10

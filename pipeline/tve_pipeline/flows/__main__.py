@@ -12,21 +12,31 @@ from types import FrameType
 
 from tve_pipeline.flows import FLOWS
 
+ASK_AGAIN_S = 5.0
+
 
 def main(arguments: list[str]) -> None:
-    signal.signal(signal.SIGTERM, leave)  # by default the process ends at once, and Prefect's temporary server stays
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, leave)  # by default the process ends at once, and Prefect's temporary server stays
     name = arguments[0] if arguments else "reproduce"
     if name not in FLOWS or len(arguments) > 1:
         sys.exit(f"flows: expected one of {', '.join(FLOWS)}, got {' '.join(arguments)!r}")
     if "PREFECT_API_URL" not in os.environ and (url := running_server()):
         os.environ["PREFECT_API_URL"] = url  # before Prefect is imported, which reads it
     module = import_module(f"tve_pipeline.flows.{name}")
-    getattr(module, name)()
+    try:
+        getattr(module, name)()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def leave(number: int, frame: FrameType | None) -> None:
-    """Exits as a shell reports the signal, after what is registered to run at exit."""
-    sys.exit(128 + number)
+    """Exits as a shell reports SIGTERM, after what is registered to run at exit.
+
+    Where the signal meets code that lets no exception out, such as a finaliser, the exit is lost: so it is asked again.
+    """
+    signal.setitimer(signal.ITIMER_REAL, ASK_AGAIN_S)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def running_server() -> str | None:
