@@ -210,9 +210,31 @@ def test_a_hierarchical_model_has_features_only_on_the_grid_of_a_stage() -> None
     architecture, arguments, _, _ = FAMILIES["Swin"]
     fine = load_backbone(architecture, "random", timm_args=arguments, patches_per_side=16)
     assert [level.shape[-1] for level in fine.features(pictures(fine), 2).levels] == [16, 16]
+    assert fine.level_indices(4) == [0, 3]
     odd = load_backbone(architecture, "random", timm_args=arguments, patches_per_side=32)
     with pytest.raises(ValueError, match=r"expected a stage with a 32 x 32 grid, got stages of \[16, 8, 4, 2\]"):
         odd.features(pictures(odd), 2)
+
+
+def test_a_hierarchical_model_adds_finer_stages_where_there_is_room_with_all_places_of_a_patch() -> None:
+    made = backbone("Swin")  # stages of 16, 8, 4 and 2 places per side, 8, 16, 32 and 64 channels; a grid of 4
+    expected = {1: [2, 3], 2: [2, 3], 3: [1, 2, 3], 4: [0, 1, 2, 3], 9: [0, 1, 2, 3]}
+    assert {count: made.level_indices(count) for count in expected} == expected
+    assert made.level_channels(4) == [8 * 16, 16 * 4, 32, 64]
+    images = pictures(made)
+    levels = made.features(images, 4).levels
+    assert [level.shape[1] for level in levels] == made.level_channels(4)
+    finest = made.model.forward_intermediates(images, indices=[0], output_fmt="NCHW", intermediates_only=True)[0]
+    of_patch = levels[0][0, :, 1, 2].sort().values
+    torch.testing.assert_close(of_patch, finest[0, :, 4:8, 8:12].flatten().sort().values)
+    with pytest.raises(ValueError, match="num_levels: expected 1 or more for Swin, got 0"):
+        made.level_indices(0)
+
+
+def test_a_grid_coarser_than_the_patches_keeps_their_features() -> None:
+    coarse = load_backbone(VIT, "random", timm_args=SMALL_VIT, patches_per_side=2)
+    assert coarse.features(pictures(coarse), 1).levels[0].shape[1:] == (32 * 4, 2, 2)
+    assert coarse.level_channels(1) == [32 * 4]
 
 
 def test_a_plain_transformer_has_no_more_levels_than_blocks() -> None:

@@ -112,7 +112,8 @@ class Backbone(nn.Module):
         """The embedding together with `num_levels` intermediate maps on the patch grid, from one forward pass.
 
         Plain transformers: `num_levels` blocks, evenly spaced, the last one included. Hierarchical models: the stages
-        whose grid is P x P, and the last stage, upsampled to it.
+        that `level_indices` names; the last is upsampled to the grid, and of a finer one each patch has all its places,
+        stacked as channels, so that nothing of what lies within a patch is lost.
 
         Raises:
             ValueError: as `forward` and `level_indices` do.
@@ -122,18 +123,29 @@ class Backbone(nn.Module):
         final, maps = self.model.forward_intermediates(  # type: ignore[operator]
             images_B3SS, indices=indices, output_fmt="NCHW"
         )
-        size = (self.patches_per_side, self.patches_per_side)
-        levels = tuple(
-            level if level.shape[-2:] == size else nn.functional.interpolate(level, size, mode="bilinear")
-            for level in maps
-        )
-        return Features(levels, self.pool(final))
+        return Features(tuple(self._on_grid(level) for level in maps), self.pool(final))
+
+    def level_channels(self, num_levels: int) -> list[int]:
+        """The channels of the maps that `features` returns, in order.
+
+        Raises:
+            ValueError: as `level_indices` does.
+        """
+        stages: list[dict[str, int]] = list(self.model.feature_info)  # type: ignore[arg-type]
+        channels = []
+        for stage in (stages[index] for index in self.level_indices(num_levels)):
+            places = self._places_across_patch(self.image_size // stage["reduction"])
+            channels.append(stage["num_chs"] * places**2)
+        return channels
 
     def level_indices(self, num_levels: int) -> list[int]:
         """Which of the model's blocks or stages `features` returns, in order.
 
+        Of a hierarchical model these are the stages with a P x P grid and the last one, whatever `num_levels` is, and
+        as many of the finer ones as it leaves room for, coarse ones first.
+
         Raises:
-            ValueError: more levels than blocks, or no stage with a P x P grid.
+            ValueError: fewer levels than one or more than blocks, or no stage with a P x P grid.
         """
         reductions = [int(info["reduction"]) for info in self.model.feature_info]  # type: ignore[union-attr]
         last = len(reductions) - 1
@@ -141,14 +153,33 @@ class Backbone(nn.Module):
             if not 1 <= num_levels <= last + 1:
                 raise ValueError(f"num_levels: expected 1 to {last + 1} for {self.config.name}, got {num_levels}")
             return sorted({round((step + 1) * (last + 1) / num_levels) - 1 for step in range(num_levels)})
-        on_grid = [i for i, r in enumerate(reductions) if self.image_size == r * self.patches_per_side]
-        if not on_grid:
-            grids = [self.image_size // reduction for reduction in reductions]
+        if num_levels < 1:
+            raise ValueError(f"num_levels: expected 1 or more for {self.config.name}, got {num_levels}")
+        grids = [self.image_size / reduction / self.patches_per_side for reduction in reductions]
+        if 1 not in grids:
+            sides = [self.image_size // reduction for reduction in reductions]
             raise ValueError(
                 f"{self.config.name}: expected a stage with a {self.patches_per_side} x {self.patches_per_side} grid, "
-                f"got stages of {grids} per side; choose patches_per_side among them"
+                f"got stages of {sides} per side; choose patches_per_side among them"
             )
-        return sorted({*on_grid, last})
+        always = {*(i for i, grid in enumerate(grids) if grid == 1), last}
+        finer = [i for i, grid in enumerate(grids) if grid > 1 and grid.is_integer()]
+        return sorted({*always, *finer[::-1][: max(num_levels - len(always), 0)]})
+
+    def _places_across_patch(self, side: int) -> int:
+        """Places of a map [.., side, side] that a patch stacks in each direction; 1 where they do not divide."""
+        places, rest = divmod(side, self.patches_per_side)
+        return places if places > 1 and rest == 0 else 1
+
+    def _on_grid(self, level_BWHH: Tensor) -> Tensor:
+        """A map on the patch grid: each patch's places stacked as channels where they divide, else resized."""
+        size = (self.patches_per_side, self.patches_per_side)
+        if level_BWHH.shape[-2:] == size:
+            return level_BWHH
+        places = self._places_across_patch(level_BWHH.shape[-1])
+        if places > 1:
+            return nn.functional.pixel_unshuffle(level_BWHH, places)
+        return nn.functional.interpolate(level_BWHH, size, mode="bilinear")
 
     def classifier(self) -> nn.Linear | None:
         """The head H_g that the backbone was trained with, or None where it has no single linear one.

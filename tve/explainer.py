@@ -138,7 +138,7 @@ class SharedTrunk(nn.Module):
         patches, embed_dim, width = backbone.patches_per_side, backbone.embed_dim, config.width
         pixels = backbone.image_size // patches
         self.from_pixels = nn.Conv2d(3, width, pixels, stride=pixels)
-        channels = _level_channels(backbone, config.num_levels)
+        channels = backbone.level_channels(config.num_levels)
         self.level_norms = nn.ModuleList(LayerNorm2d(c) for c in channels)
         self.from_levels = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.from_embedding = nn.Linear(embed_dim, width)
@@ -189,11 +189,6 @@ def _trainable_copy(backbone: Backbone) -> Backbone:
     for parameter in trunk.parameters():
         parameter.requires_grad_(True)
     return trunk
-
-
-def _level_channels(backbone: Backbone, num_levels: int) -> list[int]:
-    info = backbone.model.feature_info
-    return [int(info[index]["num_chs"]) for index in backbone.level_indices(num_levels)]  # type: ignore[index]
 
 
 def _zero_linear(width: int, embed_dim: int) -> nn.Linear:

@@ -8,6 +8,10 @@ from tve.coalitions import Coalitions, WindowCoalitions
 from tve.memory import MemoryNeed, need_of
 from tve.removal import zero_pixels
 
+# Live bytes of one pass on a CPU: larger ones are slower (measured, docs/experiments.md), since the C library hands the
+# pages of their largest tensors back, to be faulted in anew.
+CPU_PASS_BYTES = 64 * 2**20
+
 
 class MaskedCopies:
     """Evaluates coalitions of one model by masking pixels.
@@ -43,6 +47,8 @@ class MaskedCopies:
                 f"memory_mib: expected at least {-(-needed // 2**20)} for one masked copy, got "
                 f"{self.memory_bytes / 2**20:g}"
             )
+        if images_B3SS.device.type == "cpu":
+            step = min(step, max(1, self.need.units_within(CPU_PASS_BYTES)))
         for rows in torch.arange(len(image_M), device=images_B3SS.device).split(step):
             chosen = coalitions[rows]
             present = chosen.present() if isinstance(chosen, WindowCoalitions) else chosen

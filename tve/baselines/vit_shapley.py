@@ -288,8 +288,7 @@ class ShapleyNetwork(nn.Module):
         super().__init__()
         # The trained trunk starts from the surrogate's weights; a frozen one is the surrogate itself.
         self.trunk = trainable_copy(surrogate) if config.trunk == "trained" else None
-        info: Any = surrogate.model.feature_info
-        channels = [int(info[index]["num_chs"]) for index in surrogate.level_indices(1)]
+        channels = surrogate.level_channels(1)
         width = config.width
         self.level_norms = nn.ModuleList(LayerNorm2d(each) for each in channels)
         self.from_levels = nn.ModuleList(nn.Conv2d(each, width, 1) for each in channels)
