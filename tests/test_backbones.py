@@ -12,12 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tve.backbones import Backbone, load_backbone, open_backbone, save_backbone, state_digest
+from tve.backbones import Backbone, load_backbone, open_backbone, save_backbone
 from tve.coalitions import Windows
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
 from tve.meta_attribution import exact_windows
 from tve.removal import zero_pixels
+from tve.weights import state_digest
 
 VIT = "vit_tiny_patch16_224"
 SMALL_VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 5}

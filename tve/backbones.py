@@ -4,10 +4,9 @@ A backbone carries its own preprocessing (mean, std, interpolation, crop), which
 of its weights, by which everything made from it is tied to it.
 """
 
+import copy
 import difflib
-import hashlib
 import json
-import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -26,7 +25,7 @@ from timm.data.transforms_factory import create_transform
 from timm.layers.helpers import to_2tuple
 from torch import Tensor, nn
 
-from tve.digests import file_sha256
+from tve.weights import load_state, load_weights, state_digest
 
 HIERARCHICAL_PATCH_SIZE = 16
 WEIGHTS_FILE = "model.safetensors"
@@ -112,8 +111,8 @@ class Backbone(nn.Module):
         """The embedding together with `num_levels` intermediate maps on the patch grid, from one forward pass.
 
         Plain transformers: `num_levels` blocks, evenly spaced, the last one included. Hierarchical models: the stages
-        that `level_indices` names; the last is upsampled to the grid, and of a finer one each patch has all its places,
-        stacked as channels, so that nothing of what lies within a patch is lost.
+        that `level_indices` names. Of a map finer than the grid each patch has all its places, stacked as channels, so
+        that nothing of what lies within a patch is lost; a coarser one is upsampled.
 
         Raises:
             ValueError: as `forward` and `level_indices` do.
@@ -135,7 +134,7 @@ class Backbone(nn.Module):
         channels = []
         for stage in (stages[index] for index in self.level_indices(num_levels)):
             places = self._places_across_patch(self.image_size // stage["reduction"])
-            channels.append(stage["num_chs"] * places**2)
+            channels.append(stage["num_chs"] * max(places, 1) ** 2)
         return channels
 
     def level_indices(self, num_levels: int) -> list[int]:
@@ -145,7 +144,7 @@ class Backbone(nn.Module):
         as many of the finer ones as it leaves room for, coarse ones first.
 
         Raises:
-            ValueError: fewer levels than one or more than blocks, or no stage with a P x P grid.
+            ValueError: not one level, more levels than a plain transformer has blocks, or no stage with a P x P grid.
         """
         reductions = [int(info["reduction"]) for info in self.model.feature_info]  # type: ignore[union-attr]
         last = len(reductions) - 1
@@ -167,18 +166,14 @@ class Backbone(nn.Module):
         return sorted({*always, *finer[::-1][: max(num_levels - len(always), 0)]})
 
     def _places_across_patch(self, side: int) -> int:
-        """Places of a map [.., side, side] that a patch stacks in each direction; 1 where they do not divide."""
-        places, rest = divmod(side, self.patches_per_side)
-        return places if places > 1 and rest == 0 else 1
+        """How many places of a map [.., side, side] a patch has in each direction; 0 where they do not divide."""
+        return 0 if side % self.patches_per_side else side // self.patches_per_side
 
     def _on_grid(self, level_BWHH: Tensor) -> Tensor:
         """A map on the patch grid: each patch's places stacked as channels where they divide, else resized."""
-        size = (self.patches_per_side, self.patches_per_side)
-        if level_BWHH.shape[-2:] == size:
-            return level_BWHH
-        places = self._places_across_patch(level_BWHH.shape[-1])
-        if places > 1:
+        if places := self._places_across_patch(level_BWHH.shape[-1]):
             return nn.functional.pixel_unshuffle(level_BWHH, places)
+        size = (self.patches_per_side, self.patches_per_side)
         return nn.functional.interpolate(level_BWHH, size, mode="bilinear")
 
     def classifier(self) -> nn.Linear | None:
@@ -268,7 +263,7 @@ def load_backbone(
     arguments = dict(timm_args or {})
     model = _create(architecture, pretrained=str(weights) == "timm", arguments=arguments)
     if str(weights) not in ("timm", "random"):
-        _load_weights(model, Path(weights), sha256, architecture)
+        load_weights(model, Path(weights), sha256, architecture)
     settings = _preprocessing(model, arguments, dict(preprocessing or {}))
     grid = patches_per_side if patches_per_side is not None else _default_grid(model, settings.image_size)
     if grid < 1 or settings.image_size % grid:
@@ -277,6 +272,11 @@ def load_backbone(
     if str(weights) == "timm" and sha256 is not None and sha256 != backbone.weights_sha256:
         raise ValueError(f"{architecture}: expected weights {sha256}, timm gave {backbone.weights_sha256}")
     return backbone
+
+
+def trainable_copy(backbone: Backbone) -> Backbone:
+    """A copy whose weights take gradients."""
+    return copy.deepcopy(backbone).requires_grad_(True)
 
 
 def save_backbone(backbone: Backbone, folder: str | Path) -> None:
@@ -305,7 +305,7 @@ def open_backbone(folder: str | Path) -> Backbone:
     model = _create(config.architecture, pretrained=False, arguments=config.timm_args)
     with damage_named(weights_file):
         state = load_file(weights_file)
-    _load_state(model, state, weights_file, config.architecture)
+    load_state(model, state, weights_file, config.architecture)
     backbone = Backbone(config, model)
     if backbone.weights_sha256 != expected:
         raise ValueError(f"{weights_file}: expected weights {expected}, got {backbone.weights_sha256}; export again")
@@ -321,31 +321,6 @@ def damage_named(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: not an export, or damaged; export again ({error!r})") from error
 
 
-def misfits(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """How many tensors of a state differ in name or shape from what is expected, and which first; "" if none."""
-
-    def shape(state: Mapping[str, Tensor], name: str) -> str:
-        return str(list(state[name].shape)) if name in state else "none"
-
-    names = [*expected, *(name for name in given if name not in expected)]
-    differing = [name for name in names if shape(expected, name) != shape(given, name)]
-    if not differing:
-        return ""
-    first = differing[0]
-    count = f"{len(differing)} tensors differ" if len(differing) > 1 else "1 tensor differs"
-    return f"{count}, first {first} {shape(given, first)} instead of {shape(expected, first)}"
-
-
-def state_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of a state dict, independent of file format and order."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        tensor = state[key].detach().cpu().contiguous()
-        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -> nn.Module:
     base = architecture.split(".")[0]
     if not timm.is_model(base):
@@ -358,48 +333,6 @@ def _create(architecture: str, pretrained: bool, arguments: Mapping[str, Any]) -
     except (TypeError, RuntimeError, AssertionError) as error:  # what timm raises on arguments and tags
         raise ValueError(f"timm could not build {architecture} with timm_args {dict(arguments)}: {error}") from error
     return model
-
-
-def _load_weights(model: nn.Module, path: Path, sha256: str | None, architecture: str) -> None:
-    if not path.is_file():
-        got = "which is a folder" if path.is_dir() else "which does not exist"
-        raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}, {got}")
-    if sha256 is not None and (actual := file_sha256(path)) != sha256:
-        raise ValueError(f"{path}: expected sha256 {sha256}, got {actual}; the file is not the one that was pinned")
-    state = _read_weights(path)
-    state = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in state.items()}
-    own, given = getattr(model, "pos_embed", None), state.get("pos_embed")
-    if own is not None and given is not None and own.shape != given.shape and own.shape[-1] == given.shape[-1]:
-        # Another picture size than the weights were trained at: timm's own loading filter interpolates positions.
-        from timm.models.vision_transformer import checkpoint_filter_fn
-
-        state = checkpoint_filter_fn(state, model)  # type: ignore[arg-type]
-    _load_state(model, state, path, architecture)
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            if isinstance(state, Mapping):
-                state = state.get("state_dict", state.get("model", state))
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path}: expected a .safetensors or .pth file of weights: {error}") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(
-            f"{path}: expected named tensors, at the top or under state_dict or model, got "
-            f"{list(state)[:5] if isinstance(state, Mapping) else type(state).__name__}; save model.state_dict()"
-        )
-    return dict(state)
-
-
-def _load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
-    if differences := misfits(model.state_dict(), state):
-        raise ValueError(f"{path}: does not fit {architecture}: {differences}; check architecture and timm_args")
-    model.load_state_dict(state, strict=True)
 
 
 def _preprocessing(model: nn.Module, arguments: Mapping[str, Any], changes: dict[str, Any]) -> Preprocessing:

@@ -9,7 +9,6 @@ Two forms, one setting: `shared`, a light head on the features of the backbone i
 pair of masked-autoencoder networks (arXiv 2312.15359, section 4).
 """
 
-import copy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,12 +16,13 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from tve.backbones import Backbone, misfits
+from tve.backbones import Backbone, trainable_copy
 from tve.coalitions import Windows, require_whole
 from tve.meta_attribution import MetaAttribution
 from tve.removal import Removal, parse_removal
 from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, class_maps, require_head, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
+from tve.weights import misfits
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class SharedTrunk(nn.Module):
         super().__init__()
         self.num_levels = config.num_levels
         # The trained trunk starts from the backbone's weights; a frozen one is the backbone itself.
-        self.trunk = _trainable_copy(backbone) if config.trunk == "trained" else None
+        self.trunk = trainable_copy(backbone) if config.trunk == "trained" else None
         patches, embed_dim, width = backbone.patches_per_side, backbone.embed_dim, config.width
         pixels = backbone.image_size // patches
         self.from_pixels = nn.Conv2d(3, width, pixels, stride=pixels)
@@ -182,13 +182,6 @@ class MixingBlock(nn.Module):
         x = x + self.patch_mix(self.patch_norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = x + self.feature_mix(self.feature_norm(x))
         return x.permute(0, 3, 1, 2)
-
-
-def _trainable_copy(backbone: Backbone) -> Backbone:
-    trunk = copy.deepcopy(backbone)
-    for parameter in trunk.parameters():
-        parameter.requires_grad_(True)
-    return trunk
 
 
 def _zero_linear(width: int, embed_dim: int) -> nn.Linear:

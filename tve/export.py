@@ -14,9 +14,10 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from tve.backbones import Backbone, damage_named, open_backbone, save_backbone, state_digest
+from tve.backbones import Backbone, damage_named, open_backbone, save_backbone
 from tve.explainer import Explainer, ExplainerConfig
 from tve.two_networks import TwoNetworksConfig
+from tve.weights import state_digest
 
 STATE_FILE = "explainer.safetensors"
 CONFIG_FILE = "config.json"

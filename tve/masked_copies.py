@@ -18,7 +18,8 @@ class MaskedCopies:
 
     Args:
         backbone: the model, with its way to pool, in the dtype of the passes.
-        memory_bytes: for the live tensors of a pass; pictures given and embeddings returned are not counted.
+        memory_bytes: for the live tensors of a pass, of which a CPU takes CPU_PASS_BYTES at most; pictures given and
+            embeddings returned are not counted.
     """
 
     def __init__(self, backbone: Backbone, memory_bytes: int) -> None:

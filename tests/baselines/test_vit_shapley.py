@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tve.backbones import Backbone, load_backbone, state_digest
+from tve.backbones import Backbone, load_backbone
 from tve.baselines.method import Cost, Question
 from tve.baselines.vit_shapley import (
     ShapleyExplainer,
@@ -35,6 +35,7 @@ from tve.fidelity.v_information import all_coalitions, coalition_index, shapley_
 from tve.optimisation import NonFiniteLossError
 from tve.pictures import PictureBatch
 from tve.removal import Removal
+from tve.weights import state_digest
 
 CONFIG = VitShapleyConfig(
     trunk="trained",

@@ -15,7 +15,6 @@ Another task than the backbone's own gets the map of the class that the backbone
 2312.15359, section 5).
 """
 
-import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -29,13 +28,14 @@ from timm.layers.norm import LayerNorm2d
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from tve.backbones import Backbone, damage_named, misfits, open_backbone, save_backbone, state_digest
+from tve.backbones import Backbone, damage_named, open_backbone, save_backbone, trainable_copy
 from tve.baselines.method import Answer, Answers, Cost, Question
 from tve.coalitions import require_whole
 from tve.evaluator import CoalitionEvaluator
 from tve.precision import RequestedPrecision, choose_precision
 from tve.removal import Removal, parse_removal
 from tve.transfer_rule import Head, of_class
+from tve.weights import misfits, state_digest
 
 NAME = "vit_shapley"
 STATE_FILE = "vit_shapley.safetensors"
@@ -315,12 +315,6 @@ def require_pairs(num_coalitions: int) -> None:
     """Raises ValueError for a number of coalitions that cannot be drawn with their complements."""
     if num_coalitions < 2 or num_coalitions % 2:
         raise ValueError(f"coalitions_per_picture: expected an even number, at least 2, got {num_coalitions}")
-
-
-def trainable_copy(backbone: Backbone) -> Backbone:
-    """A copy whose weights take gradients."""
-    trunk = copy.deepcopy(backbone)
-    return trunk.requires_grad_(True)
 
 
 def _is_own(head: Head, digest: str) -> bool:

@@ -18,7 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from tve.backbones import Backbone
+from tve.backbones import Backbone, trainable_copy
 from tve.baselines.method import generator_of
 from tve.baselines.vit_shapley import (
     NAME,
@@ -27,7 +27,6 @@ from tve.baselines.vit_shapley import (
     device_of,
     own_head,
     require_pairs,
-    trainable_copy,
     untrained,
 )
 from tve.evaluator import CoalitionEvaluator, require_droppable
