@@ -61,6 +61,7 @@ class Features:
 
     levels: tuple[Tensor, ...]  # each [B, W_level, P, P]
     embedding_BD: Tensor
+    entering: tuple[Tensor, ...] = ()  # tokens [B, prefix + T, W] that enter each of the last blocks asked for
 
 
 class Backbone(nn.Module):
@@ -107,22 +108,35 @@ class Backbone(nn.Module):
         embedding: Tensor = self.model.forward_head(features, pre_logits=True)  # type: ignore[operator]
         return embedding
 
-    def features(self, images_B3SS: Tensor, num_levels: int) -> Features:
+    def features(self, images_B3SS: Tensor, num_levels: int, num_entered: int = 0) -> Features:
         """The embedding together with `num_levels` intermediate maps on the patch grid, from one forward pass.
 
         Plain transformers: `num_levels` blocks, evenly spaced, the last one included. Hierarchical models: the stages
         that `level_indices` names. Of a map finer than the grid each patch has all its places, stacked as channels, so
         that nothing of what lies within a patch is lost; a coarser one is upsampled.
 
+        Args:
+            images_B3SS: normalised pictures.
+            num_levels: how many maps.
+            num_entered: of a plain transformer with prefix tokens, of how many of the last blocks also the tokens
+                that enter them; fewer than it has blocks.
+
         Raises:
             ValueError: as `forward` and `level_indices` do.
         """
         self.require_images(images_B3SS)
-        indices = self.level_indices(num_levels)
-        final, maps = self.model.forward_intermediates(  # type: ignore[operator]
-            images_B3SS, indices=indices, output_fmt="NCHW"
+        levels = self.level_indices(num_levels)
+        last = len(self.model.feature_info) - 1  # type: ignore[arg-type]
+        before = list(range(last - num_entered, last))
+        indices = sorted({*levels, *before})
+        final, found = self.model.forward_intermediates(  # type: ignore[operator]
+            images_B3SS, indices=indices, output_fmt="NCHW", **({"return_prefix_tokens": True} if before else {})
         )
-        return Features(tuple(self._on_grid(level) for level in maps), self.pool(final))
+        maps = dict(zip(indices, found, strict=True))
+        entering = tuple(torch.cat([maps[i][1], maps[i][0].flatten(2).transpose(1, 2)], 1) for i in before)
+        return Features(
+            tuple(self._on_grid(maps[i][0] if before else maps[i]) for i in levels), self.pool(final), entering
+        )
 
     def level_channels(self, num_levels: int) -> list[int]:
         """The channels of the maps that `features` returns, in order.

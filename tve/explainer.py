@@ -1,9 +1,10 @@
 """The explainer E: one forward pass from a picture to its predicted meta-attribution, for every window at once.
 
-    ĝ[p, q] = mean(g) + delta_g[p, q]          ĥ[p, q] = G(x) + delta_h[p, q]
+    ĝ[p, q] = mean(g) + delta_g[p, q]          ĥ[p, q] = G(x) + delta_h[p, q] + scale * (reread[p, q] - G(x))
 
 Differences are predicted, not embeddings, and the last layers start at zero: the explainer begins at the two trivial
-answers and learns what depends on the place. G(x) costs nothing, since the classifier computes it anyway.
+answers and learns what depends on the place. G(x) costs nothing, since the classifier computes it anyway. Where the
+backbone has a class token, its last blocks are read once more for every window (`tve.rereading`), as far as asked for.
 
 Two forms, one setting: `shared`, a light head on the features of the backbone itself, and `two_networks`, the paper's
 pair of masked-autoencoder networks (arXiv 2312.15359, section 4).
@@ -16,10 +17,11 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from tve.backbones import Backbone, trainable_copy
-from tve.coalitions import Windows, require_whole
+from tve.backbones import Backbone, Features, trainable_copy
+from tve.coalitions import CoalitionFamily, Windows, require_whole
 from tve.meta_attribution import MetaAttribution
 from tve.removal import Removal, parse_removal
+from tve.rereading import most_blocks, reread, seen_without
 from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, class_maps, require_head, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 from tve.weights import misfits
@@ -36,10 +38,14 @@ class ExplainerConfig:
     num_levels: int = 4  # shared: intermediate maps that are read
     width: int = 192  # shared: channels of the mixing blocks
     depth: int = 2  # shared: number of mixing blocks
+    reread_blocks: int = 0  # shared: last blocks that are read anew, window by window; as many as a backbone allows
     two_networks: TwoNetworksConfig = field(default_factory=TwoNetworksConfig)
 
     def __post_init__(self) -> None:
         require_whole("radius", self.radius)
+        require_whole("reread_blocks", self.reread_blocks)
+        if self.reread_blocks < 0:
+            raise ValueError(f"reread_blocks: expected 0 or more, got {self.reread_blocks}")
         parse_removal(self.removal)
         for name, value, known in (
             ("form", self.form, ("shared", "two_networks")),
@@ -65,7 +71,7 @@ class Explainer(nn.Module):
         self.register_buffer("empty_D", torch.zeros(embed_dim))
         self.network: SharedTrunk | TwoNetworks
         if config.form == "shared":
-            self.network = SharedTrunk(backbone, config)
+            self.network = SharedTrunk(backbone, config, self.family)
         else:
             self.network = TwoNetworks(backbone.image_size, backbone.patches_per_side, embed_dim, config.two_networks)
 
@@ -130,7 +136,9 @@ class Explainer(nn.Module):
 class SharedTrunk(nn.Module):
     """Mixing blocks on the backbone's own intermediate features, its patches' pixels and its embedding."""
 
-    def __init__(self, backbone: Backbone, config: ExplainerConfig) -> None:
+    seen_NT: Tensor
+
+    def __init__(self, backbone: Backbone, config: ExplainerConfig, family: CoalitionFamily) -> None:
         super().__init__()
         self.num_levels = config.num_levels
         # The trained trunk starts from the backbone's weights; a frozen one is the backbone itself.
@@ -143,6 +151,13 @@ class SharedTrunk(nn.Module):
         self.from_levels = nn.ModuleList(nn.Conv2d(c, width, 1) for c in channels)
         self.from_embedding = nn.Linear(embed_dim, width)
         self.position = nn.Parameter(torch.zeros(1, width, patches, patches))
+        self.reread_blocks = min(config.reread_blocks, most_blocks(backbone))
+        if self.reread_blocks:
+            tokens_per_side = int(backbone.model.patch_embed.grid_size[0])  # type: ignore[index,union-attr]
+            self.register_buffer("seen_NT", seen_without(family, tokens_per_side), persistent=False)
+            self.reread_norm = nn.LayerNorm(embed_dim)
+            self.from_reread = nn.Linear(embed_dim, width)
+            self.reread_scale_D = nn.Parameter(torch.zeros(embed_dim))
         self.blocks = nn.ModuleList(MixingBlock(width, 2 * config.radius + 1) for _ in range(config.depth))
         self.norm = nn.LayerNorm(width)
         self.to_kept = _zero_linear(width, embed_dim)
@@ -150,21 +165,34 @@ class SharedTrunk(nn.Module):
 
     def forward(self, images_B3SS: Tensor, backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
         """(delta_g [B, N, D], delta_h [B, N, D], G(x) [B, D])."""
-        if self.trunk is None:
-            with torch.no_grad():
-                features = backbone.features(images_B3SS, self.num_levels)
-            full_BD = features.embedding_BD
-        else:
-            features = self.trunk.features(images_B3SS, self.num_levels)
+        trunk = self.trunk or backbone
+        with torch.set_grad_enabled(self.trunk is not None and torch.is_grad_enabled()):
+            features = trunk.features(images_B3SS, self.num_levels, self.reread_blocks)
+            changed_BND = self._reread(trunk, features)
+        full_BD = features.embedding_BD
+        if self.trunk is not None:
             with torch.no_grad():
                 full_BD = backbone(images_B3SS)
         mixed = self.from_pixels(images_B3SS) + self.position + self.from_embedding(full_BD)[..., None, None]
         for level, norm, project in zip(features.levels, self.level_norms, self.from_levels, strict=True):
             mixed = mixed + project(norm(level))
+        if changed_BND is not None:
+            mixed = mixed + self.from_reread(self.reread_norm(changed_BND)).transpose(1, 2).unflatten(
+                2, mixed.shape[2:]
+            )
         for block in self.blocks:
             mixed = block(mixed)
         mixed_BNW = self.norm(mixed.flatten(2).transpose(1, 2))
-        return self.to_kept(mixed_BNW), self.to_removed(mixed_BNW), full_BD.float()
+        delta_removed_BND = self.to_removed(mixed_BNW)
+        if changed_BND is not None:
+            delta_removed_BND = delta_removed_BND + self.reread_scale_D * changed_BND
+        return self.to_kept(mixed_BNW), delta_removed_BND, full_BD.float()
+
+    def _reread(self, trunk: Backbone, features: Features) -> Tensor | None:
+        """By how much each window's absence from the last blocks alone changes the embedding, [B, N, D]."""
+        if not self.reread_blocks:
+            return None
+        return reread(trunk, features.entering, self.seen_NT) - features.embedding_BD[:, None]
 
 
 class MixingBlock(nn.Module):

@@ -81,6 +81,7 @@ class PretrainParams(Section):
     num_levels: Count
     width: Count
     depth: int = Field(ge=0)
+    reread_blocks: int = Field(ge=0)
     num_steps: Count
     batch_size: Count
     centres_per_image: Count
@@ -139,6 +140,7 @@ def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal
         num_levels=params.num_levels,
         width=params.width,
         depth=params.depth,
+        reread_blocks=params.reread_blocks,
         two_networks=TwoNetworksConfig(**params.two_networks.model_dump())
         if params.two_networks
         else TwoNetworksConfig(),
