@@ -1,5 +1,7 @@
 """The class token's way through the last blocks anew, window by window."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from tve.backbones import Backbone, load_backbone
 from tve.coalitions import Windows
 from tve.evaluator import CoalitionEvaluator
 from tve.explainer import Explainer, ExplainerConfig
+from tve.export import load_explainer, save_explainer
 from tve.meta_attribution import exact_windows
 from tve.rereading import most_blocks, reread, seen_without
 
@@ -17,6 +20,10 @@ KINDS = {
     "DeiT, two tokens": ("deit_tiny_distilled_patch16_224", SMALL),
     "registers, layer scale": ("vit_tiny_patch16_224", SMALL | {"reg_tokens": 3, "init_values": 0.3}),
     "head norms": ("vit_tiny_patch16_224", SMALL | {"qk_norm": True}),
+    "norm before, none after pooling, no position of the class": (
+        "vit_tiny_patch16_224",
+        SMALL | {"pre_norm": True, "fc_norm": True, "no_embed_class": True, "dynamic_img_size": True},
+    ),
 }
 
 
@@ -87,10 +94,36 @@ def test_class_tokens_alone_are_carried_through_anew(
     assert most_blocks(load_backbone(architecture, "random", timm_args=timm_args)) == expected
 
 
-def test_no_block_before_one_that_may_do_anything() -> None:
+def test_no_block_before_one_that_may_do_anything_and_none_with_hooks() -> None:
     made = backbone()
-    made.model.blocks[1].register_forward_hook(lambda *_: None)  # type: ignore[index,union-attr,operator]
+    blocks = made.model.blocks
+    blocks[1].norm1.register_forward_hook(lambda *_: None)  # type: ignore[index,union-attr,operator]
+    assert most_blocks(made) == 3  # what an explainer is made of depends on no hook
+    entering = made.features(torch.randn(1, 3, 32, 32), 1, 3).entering
+    assert reread(made, entering[1:], torch.ones(1, 16, dtype=torch.bool)).shape == (1, 1, 32)
+    with pytest.raises(ValueError, match="block 1 of vit_tiny_patch16_224: expected no hooks, got some"):
+        reread(made, entering, torch.ones(1, 16, dtype=torch.bool))
+    blocks[1].attn.qkv = nn.Sequential(blocks[1].attn.qkv)  # type: ignore[index,union-attr,operator]
     assert most_blocks(made) == 2
+
+
+def test_a_window_that_removes_everything_leaves_the_class_token_to_itself() -> None:
+    made, images = backbone(), torch.randn(2, 3, 32, 32)
+    alone = reread(made, made.features(images, 1, 2).entering, torch.zeros(1, 16, dtype=torch.bool))
+    assert alone.isfinite().all()
+    assert not torch.allclose(alone[:, 0], made(images), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_entered", "most"),
+    [({}, 4, 3), ({}, -1, 3), ({"global_pool": "avg", "class_token": False}, 1, 0)],
+)
+def test_tokens_that_a_backbone_does_not_have_are_refused(
+    settings: dict[str, object], num_entered: int, most: int
+) -> None:
+    made = load_backbone("vit_tiny_patch16_224", "random", timm_args=SMALL | settings)
+    with pytest.raises(ValueError, match=f"num_entered: expected 0 to {most} for vit_tiny_patch16_224, got"):
+        made.features(torch.randn(1, 3, 32, 32), 1, num_entered)
 
 
 def explainer(made: Backbone, reread_blocks: int, trunk: str = "frozen") -> Explainer:
@@ -121,18 +154,46 @@ def test_a_backbone_without_class_tokens_has_the_explainer_it_would_have() -> No
     assert explainer(backbone(), 9).network.reread_blocks == 3  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("trunk", ["frozen", "trained"])
-def test_a_frozen_trunk_takes_no_gradient_and_a_trained_one_does(trunk: str) -> None:
-    made = backbone()
-    explains = explainer(made, 2, trunk)
+def test_a_frozen_trunk_takes_no_gradient_even_where_it_could() -> None:
+    made = backbone().requires_grad_(True)
+    explains = explainer(made, 2)
     nn.init.ones_(explains.network.reread_scale_D)  # type: ignore[arg-type]
-    nn.init.ones_(explains.network.to_removed.weight)  # type: ignore[union-attr,arg-type]
     explains(torch.randn(1, 3, 32, 32)).removed_BND.square().mean().backward()
     assert all(parameter.grad is None for parameter in made.parameters())
-    for name, parameter in explains.network.named_parameters():
-        if name.startswith(("reread", "from_reread")) or "blocks.3.attn.qkv.weight" in name:
-            assert parameter.grad is not None, name
-            assert parameter.grad.abs().sum() > 0, name
+    assert explains.network.reread_scale_D.grad.abs().sum() > 0  # type: ignore[union-attr,operator]
+
+
+def test_a_trained_trunk_takes_gradients_through_what_is_reread() -> None:
+    explains = explainer(backbone(), 2, trunk="trained")
+    nn.init.ones_(explains.network.reread_scale_D)  # type: ignore[arg-type]
+    # The mixing blocks say nothing yet, so that no gradient comes through the levels.
+    explains(torch.randn(1, 3, 32, 32)).removed_BND.square().mean().backward()
+    gradients = {name: p.grad for name, p in explains.network.named_parameters()}
+    assert gradients["from_pixels.weight"].abs().sum() == 0  # type: ignore[union-attr]
+    assert gradients["trunk.model.blocks.3.attn.qkv.weight"].abs().sum() > 0  # type: ignore[union-attr]
+    assert gradients["trunk.model.blocks.0.attn.qkv.weight"].abs().sum() > 0  # type: ignore[union-attr]
+    assert all(parameter.grad is None for parameter in explains.backbone.parameters())
+
+
+def test_under_autocast_rereading_keeps_to_float32() -> None:
+    made, images = backbone(), torch.randn(2, 3, 32, 32)
+    explains = explainer(made, 2)
+    nn.init.ones_(explains.network.reread_scale_D)  # type: ignore[arg-type]
+    with torch.no_grad():
+        meta = explains(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rough = explains(images)
+    changed, roughly = (each.removed_BND - each.full_BD[:, None] for each in (meta, rough))
+    assert (changed - roughly).norm() < 0.1 * changed.norm()
+
+
+def test_an_export_says_what_it_rereads_and_opens_the_same(tmp_path: Path) -> None:
+    explains = explainer(load_backbone("vit_tiny_patch16_224", "random", timm_args=SMALL), 2).eval()
+    nn.init.ones_(explains.network.reread_scale_D)  # type: ignore[arg-type]
+    save_explainer(explains, tmp_path, {})
+    assert "trunk frozen, blocks reread: 2" in (tmp_path / "README.md").read_text()
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(load_explainer(tmp_path)(images).removed_BND, explains(images).removed_BND)
 
 
 def test_the_number_of_blocks_is_a_whole_number_not_below_zero() -> None:

@@ -122,11 +122,14 @@ class Backbone(nn.Module):
                 that enter them; fewer than it has blocks.
 
         Raises:
-            ValueError: as `forward` and `level_indices` do.
+            ValueError: as `forward` and `level_indices` do, and more blocks than that, or any where there is no prefix.
         """
         self.require_images(images_B3SS)
         levels = self.level_indices(num_levels)
         last = len(self.model.feature_info) - 1  # type: ignore[arg-type]
+        most = last if getattr(self.model, "num_prefix_tokens", 0) else 0
+        if not 0 <= num_entered <= most:
+            raise ValueError(f"num_entered: expected 0 to {most} for {self.config.name}, got {num_entered}")
         before = list(range(last - num_entered, last))
         indices = sorted({*levels, *before})
         final, found = self.model.forward_intermediates(  # type: ignore[operator]

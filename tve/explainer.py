@@ -136,7 +136,7 @@ class Explainer(nn.Module):
 class SharedTrunk(nn.Module):
     """Mixing blocks on the backbone's own intermediate features, its patches' pixels and its embedding."""
 
-    seen_NT: Tensor
+    seen_MT: Tensor
 
     def __init__(self, backbone: Backbone, config: ExplainerConfig, family: CoalitionFamily) -> None:
         super().__init__()
@@ -154,7 +154,11 @@ class SharedTrunk(nn.Module):
         self.reread_blocks = min(config.reread_blocks, most_blocks(backbone))
         if self.reread_blocks:
             tokens_per_side = int(backbone.model.patch_embed.grid_size[0])  # type: ignore[index,union-attr]
-            self.register_buffer("seen_NT", seen_without(family, tokens_per_side), persistent=False)
+            seen_NT = seen_without(family, tokens_per_side)
+            whole_1T = torch.ones_like(
+                seen_NT[:1]
+            )  # first, to be subtracted: the same arithmetic, so its errors cancel
+            self.register_buffer("seen_MT", torch.cat([whole_1T, seen_NT]), persistent=False)
             self.reread_norm = nn.LayerNorm(embed_dim)
             self.from_reread = nn.Linear(embed_dim, width)
             self.reread_scale_D = nn.Parameter(torch.zeros(embed_dim))
@@ -192,7 +196,10 @@ class SharedTrunk(nn.Module):
         """By how much each window's absence from the last blocks alone changes the embedding, [B, N, D]."""
         if not self.reread_blocks:
             return None
-        return reread(trunk, features.entering, self.seen_NT) - features.embedding_BD[:, None]
+        weight = next(trunk.parameters())
+        with torch.autocast(weight.device.type, enabled=False):
+            read_BMD = reread(trunk, [tokens.to(weight.dtype) for tokens in features.entering], self.seen_MT)
+        return read_BMD[:, 1:] - read_BMD[:, :1]
 
 
 class MixingBlock(nn.Module):

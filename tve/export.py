@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tve.backbones import Backbone, damage_named, open_backbone, save_backbone
-from tve.explainer import Explainer, ExplainerConfig
+from tve.explainer import Explainer, ExplainerConfig, SharedTrunk
 from tve.two_networks import TwoNetworksConfig
 from tve.weights import state_digest
 
@@ -106,7 +106,7 @@ the embedding of this backbone can be read over it: nothing is trained for a tas
 | backbone weights, sha256 | {document["backbone_sha256"]} |
 | explainer weights, sha256 | {document["explainer_sha256"]} |
 | removal operator | {config.removal} |
-| form | {config.form}{f", trunk {config.trunk}" if config.form == "shared" else ""} |
+| form | {_form(explainer)} |
 {rows}
 
 ```python
@@ -121,6 +121,12 @@ heatmap = explainer.explain(image, head)  # head: embeddings [..., {explainer.ba
 Limits: attributions are relative to the removal operator named above and to this backbone's weights; R² says how much
 of the exact windows the explainer has learned on held-out pictures. No label was read in pre-training.
 """
+
+
+def _form(explainer: Explainer) -> str:
+    if not isinstance(explainer.network, SharedTrunk):
+        return explainer.config.form
+    return f"{explainer.config.form}, trunk {explainer.config.trunk}, blocks reread: {explainer.network.reread_blocks}"
 
 
 def _folder_hint(name: str) -> str:

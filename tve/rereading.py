@@ -1,12 +1,13 @@
 """What the embedding would be if the last blocks alone lacked a window: the class token's way through them, anew.
 
-The class token is taken as the full pass has it before the last K blocks and carried through them once for every
-window, that window's patches out of its sight. All other patches' keys and values are those of the full pass, so that
-N windows together cost what N more tokens would in K blocks, beside 2 N passes for the exact answers.
+The class token, with the rest of the prefix, is taken as the full pass has it before the last K blocks and carried
+through them once for every window, that window's patches out of its sight. All other patches' keys and values are
+those of the full pass: N windows together cost what N prefixes more would in K blocks, and exact answers 2 N passes.
 
-It is h, but for what patches have told each other of the window, and the class token before: an approximation that
-needs no training, and that an explainer corrects. Of what differs from window to window in h (centred R², ViT-Ti and
-DeiT-Ti at 112 px, r = 1) it has .08 to .13 with one block and .18 to .23 with three.
+Under `drop` it is h, but for what patches have told each other of the window, and the class token before: an
+approximation that needs no training, and that an explainer corrects. Under `zero` it is a hint. Of what differs from
+window to window in h (centred R² at the best scale, ViT-Ti and DeiT-Ti at 112 px, r = 1, `drop`) it has .08 to .13
+with one block and .18 to .23 with three.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tve.backbones import Backbone
 from tve.coalitions import CoalitionFamily
@@ -32,9 +33,9 @@ def most_blocks(backbone: Backbone) -> int:
         return 0
     if obstacle(model, backbone.image_size, backbone.patches_per_side):
         return 0
-    fitting = [PreNormBlock.fits(block) for block in model.blocks]  # type: ignore[union-attr]
-    after = len(fitting) - fitting[::-1].index(False) if False in fitting else 0
-    return len(fitting) - max(after, 1)
+    known = [PreNormBlock.of_known_parts(block) for block in model.blocks]  # type: ignore[union-attr]
+    first = len(known) - known[::-1].index(False) if False in known else 0
+    return len(known) - max(first, 1)
 
 
 def seen_without(family: CoalitionFamily, tokens_per_side: int) -> Tensor:
@@ -61,39 +62,45 @@ def reread(backbone: Backbone, entering: Sequence[Tensor], seen_NT: Tensor) -> T
         backbone: one of which `most_blocks` is at least K.
         entering: the tokens [B, prefix + T, W] that enter each of these blocks; `Features.entering`.
         seen_NT: bool; the patches whose tokens are seen. The prefix always is.
+
+    Raises:
+        ValueError: a block with hooks, which would be passed by.
     """
     model = backbone.model
-    prefix = int(model.num_prefix_tokens)  # type: ignore[arg-type]
-    blocks = [PreNormBlock(block) for block in model.blocks[-len(entering) :]]  # type: ignore[index]
+    prefix, pooled = int(model.num_prefix_tokens), pooled_tokens(model)  # type: ignore[arg-type]
     num_pictures, num_readings = len(entering[0]), len(seen_NT)
+    every = (num_pictures, num_readings)
     x_RD = entering[0][:, None, :prefix].expand(-1, num_readings, -1, -1).flatten(0, 2)
-    for block, tokens_BTD in zip(blocks, entering, strict=True):
+    first = len(model.blocks) - len(entering)  # type: ignore[arg-type]
+    for number, tokens_BTD in enumerate(entering, first):
+        module: nn.Module = model.blocks[number]  # type: ignore[index,assignment]
+        if PreNormBlock.hooked(module):
+            raise ValueError(f"block {number} of {backbone.config.name}: expected no hooks, got some; remove them")
+        block = PreNormBlock(module)
         patches_RD = block.norm1(tokens_BTD[:, prefix:]).flatten(0, 1)
-        patch_kv = block.expand(*block.key_value(patches_RD, None))
+        patches = [part.unflatten(0, (num_pictures, -1)) for part in block.expand(*block.key_value(patches_RD, None))]
         normed_RD = block.norm1(x_RD)
-        q, *own_kv = block.query_key_value(normed_RD, None)
-        gathered = _gather(
-            q.unflatten(0, (num_pictures, num_readings, prefix)),
-            [part.unflatten(0, (num_pictures, num_readings, prefix)) for part in block.expand(*own_kv)],
-            [part.unflatten(0, (num_pictures, -1)) for part in patch_kv],
-            seen_NT,
-            block.scale,
-        )
+        queries, *own = block.query_key_value(normed_RD, None)
+        queries, *own = (part.unflatten(0, (*every, prefix)) for part in (queries, *block.expand(*own)))
+        if tokens_BTD is entering[-1] and pooled < prefix:  # no one reads the other tokens again
+            queries = queries[:, :, :pooled]
+            x_RD, normed_RD = (rows.unflatten(0, (-1, prefix))[:, :pooled].flatten(0, 1) for rows in (x_RD, normed_RD))
+        gathered = _gather(queries * block.scale, own, patches, seen_NT)
         x_RD = added(x_RD, block.attended(gathered, normed_RD), block.scale1_D)
         x_RD = added(x_RD, block.mlp(block.norm2(x_RD)), block.scale2_D)
-    tokens_RPD = model.norm(x_RD).unflatten(0, (-1, prefix))  # type: ignore[operator]
-    embedding_BND: Tensor = backbone.pool(tokens_RPD).unflatten(0, (num_pictures, num_readings))
+    pooled_RQD = model.norm(x_RD).unflatten(0, (-1, pooled))  # type: ignore[operator]
+    embedding_BND: Tensor = backbone.pool(pooled_RQD).unflatten(0, every)
     return embedding_BND
 
 
 def _gather(
-    q_BNPHW: Tensor, own_kv_BNPHW: Sequence[Tensor], kv_BTHW: Sequence[Tensor], seen_NT: Tensor, scale: float
+    queries_BNQHW: Tensor, own_kv_BNPHW: Sequence[Tensor], kv_BTHW: Sequence[Tensor], seen_NT: Tensor
 ) -> Tensor:
-    """What each prefix token gathers from its own reading's prefix and from the patches seen, [B * N * P, H, W]."""
+    """What Q scaled queries of each reading gather from its P prefix tokens and the patches seen, [B * N * Q, H, W]."""
     (own_k, own_v), (k, v) = own_kv_BNPHW, kv_BTHW
-    own = torch.einsum("bnphw,bnohw->bhnpo", q_BNPHW, own_k)
-    patches = torch.einsum("bnphw,bthw->bhnpt", q_BNPHW, k).masked_fill(~seen_NT[:, None], float("-inf"))
-    weights = (torch.cat([own, patches], -1) * scale).softmax(-1)
-    own, patches = weights.split([own.shape[-1], patches.shape[-1]], -1)
-    gathered = torch.einsum("bhnpo,bnohw->bnphw", own, own_v) + torch.einsum("bhnpt,bthw->bnphw", patches, v)
+    to_own = torch.einsum("bnqhw,bnphw->bhnqp", queries_BNQHW, own_k)
+    to_patches = torch.einsum("bnqhw,bthw->bhnqt", queries_BNQHW, k).masked_fill(~seen_NT[:, None], float("-inf"))
+    weights = torch.cat([to_own, to_patches], -1).softmax(-1)
+    to_own, to_patches = weights.split([to_own.shape[-1], to_patches.shape[-1]], -1)
+    gathered = torch.einsum("bhnqp,bnphw->bnqhw", to_own, own_v) + torch.einsum("bhnqt,bthw->bnqhw", to_patches, v)
     return gathered.flatten(0, 2)

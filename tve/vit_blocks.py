@@ -49,16 +49,24 @@ class PreNormBlock:
 
     @staticmethod
     def fits(block: nn.Module) -> bool:
-        """Whether the block is one of those read here: subclasses, replaced layers and hooks may do anything."""
+        """Whether the block can be read here as it is: of known parts, and without hooks, which may do anything."""
+        return PreNormBlock.of_known_parts(block) and not PreNormBlock.hooked(block)
+
+    @staticmethod
+    def of_known_parts(block: nn.Module) -> bool:
+        """Whether the block is one of those read here: subclasses and replaced layers may do anything."""
         attention: Any = getattr(block, "attn", None)
         if type(block) not in (Block, EvaBlock) or type(attention) not in (Attention, AttentionRope, EvaAttention):
             return False
         scales = (getattr(block, name, None) for name in ("ls1", "ls2"))
-        return (
-            (attention.qkv is None or type(attention.qkv) is nn.Linear)
-            and all(scale is None or type(scale) in (LayerScale, nn.Identity) for scale in scales)
-            and not any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
+        return (attention.qkv is None or type(attention.qkv) is nn.Linear) and all(
+            scale is None or type(scale) in (LayerScale, nn.Identity) for scale in scales
         )
+
+    @staticmethod
+    def hooked(block: nn.Module) -> bool:
+        """Whether anything in the block has hooks, which reading it part by part would pass by."""
+        return any(module._forward_hooks or module._forward_pre_hooks for module in block.modules())
 
     def widths(self) -> tuple[int, int, int]:
         """Columns of q, k and v."""

@@ -127,7 +127,7 @@ def train_explainer(name: str, params: PretrainParams, stage: str, section: str)
         save_trained(explainer, folder)
     with whole_folder(Path("results", profile, stage, name)) as folder:
         write_training_rows(result.rows, folder / "training.csv")
-        write_json(folder / "metrics.json", metrics_of(result, params, initialisation, removal))
+        write_json(folder / "metrics.json", metrics_of(explainer, result, params, initialisation))
 
 
 def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal) -> Explainer:
@@ -232,7 +232,9 @@ def run(
     )
 
 
-def metrics_of(result: TrainingResult, params: PretrainParams, initialisation: str, removal: Removal) -> dict[str, Any]:
+def metrics_of(
+    explainer: Explainer, result: TrainingResult, params: PretrainParams, initialisation: str
+) -> dict[str, Any]:
     """What metrics.json states of a training."""
     return {f"r2_{key}": value for key, value in asdict(result.explained).items()} | {
         "trivial_mean_r2_kept": result.trivial.kept,
@@ -245,5 +247,6 @@ def metrics_of(result: TrainingResult, params: PretrainParams, initialisation: s
         "resumed_from_step": result.resumed_from_step,
         "initialisation": initialisation,
         "form": params.form,
-        "removal": removal,
+        "reread_blocks": getattr(explainer.network, "reread_blocks", 0),
+        "removal": explainer.config.removal,
     }
