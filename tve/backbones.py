@@ -137,9 +137,8 @@ class Backbone(nn.Module):
         )
         maps = dict(zip(indices, found, strict=True))
         entering = tuple(torch.cat([maps[i][1], maps[i][0].flatten(2).transpose(1, 2)], 1) for i in before)
-        return Features(
-            tuple(self._on_grid(maps[i][0] if before else maps[i]) for i in levels), self.pool(final), entering
-        )
+        on_grid = tuple(self._on_grid(maps[i][0] if before else maps[i]) for i in levels)
+        return Features(on_grid, self.pool(final), entering)
 
     def level_channels(self, num_levels: int) -> list[int]:
         """The channels of the maps that `features` returns, in order.

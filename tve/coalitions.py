@@ -135,6 +135,11 @@ def coalition_pairs(family: CoalitionFamily, index_BM: Tensor) -> Coalitions:
     return torch.cat([kept_BMPP, ~kept_BMPP], dim=1)
 
 
+def on_finer_grid(present: Tensor, cells: int) -> Tensor:
+    """Masks [..., P, P] on a grid of which `cells` x `cells` places make a patch: [..., P * cells, P * cells]."""
+    return present.repeat_interleave(cells, -2).repeat_interleave(cells, -1)
+
+
 def random_halves(num_pictures: int, patches_per_side: int, generator: torch.Generator) -> Tensor:
     """Bool [B, P, P]: half of the patches (rounded down) of each picture, drawn uniformly by a CPU generator."""
     num_patches = patches_per_side**2

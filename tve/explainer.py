@@ -17,11 +17,11 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from torch import Tensor, nn
 
-from tve.backbones import Backbone, Features, trainable_copy
+from tve.backbones import Backbone, trainable_copy
 from tve.coalitions import CoalitionFamily, Windows, require_whole
 from tve.meta_attribution import MetaAttribution
 from tve.removal import Removal, parse_removal
-from tve.rereading import most_blocks, reread, seen_without
+from tve.rereading import changed_without, most_blocks, seen_without
 from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, class_maps, require_head, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 from tve.weights import misfits
@@ -74,6 +74,11 @@ class Explainer(nn.Module):
             self.network = SharedTrunk(backbone, config, self.family)
         else:
             self.network = TwoNetworks(backbone.image_size, backbone.patches_per_side, embed_dim, config.two_networks)
+
+    @property
+    def reread_blocks(self) -> int:
+        """How many of the backbone's last blocks are read anew, window by window."""
+        return self.network.reread_blocks if isinstance(self.network, SharedTrunk) else 0
 
     def forward(self, images_B3SS: Tensor) -> MetaAttribution:
         """The predicted meta-attribution of normalised pictures [B, 3, S, S]."""
@@ -136,7 +141,7 @@ class Explainer(nn.Module):
 class SharedTrunk(nn.Module):
     """Mixing blocks on the backbone's own intermediate features, its patches' pixels and its embedding."""
 
-    seen_MT: Tensor
+    seen_NT: Tensor
 
     def __init__(self, backbone: Backbone, config: ExplainerConfig, family: CoalitionFamily) -> None:
         super().__init__()
@@ -154,11 +159,7 @@ class SharedTrunk(nn.Module):
         self.reread_blocks = min(config.reread_blocks, most_blocks(backbone))
         if self.reread_blocks:
             tokens_per_side = int(backbone.model.patch_embed.grid_size[0])  # type: ignore[index,union-attr]
-            seen_NT = seen_without(family, tokens_per_side)
-            whole_1T = torch.ones_like(
-                seen_NT[:1]
-            )  # first, to be subtracted: the same arithmetic, so its errors cancel
-            self.register_buffer("seen_MT", torch.cat([whole_1T, seen_NT]), persistent=False)
+            self.register_buffer("seen_NT", seen_without(family, tokens_per_side), persistent=False)
             self.reread_norm = nn.LayerNorm(embed_dim)
             self.from_reread = nn.Linear(embed_dim, width)
             self.reread_scale_D = nn.Parameter(torch.zeros(embed_dim))
@@ -172,7 +173,7 @@ class SharedTrunk(nn.Module):
         trunk = self.trunk or backbone
         with torch.set_grad_enabled(self.trunk is not None and torch.is_grad_enabled()):
             features = trunk.features(images_B3SS, self.num_levels, self.reread_blocks)
-            changed_BND = self._reread(trunk, features)
+            changed_BND = changed_without(trunk, features.entering, self.seen_NT) if self.reread_blocks else None
         full_BD = features.embedding_BD
         if self.trunk is not None:
             with torch.no_grad():
@@ -181,9 +182,8 @@ class SharedTrunk(nn.Module):
         for level, norm, project in zip(features.levels, self.level_norms, self.from_levels, strict=True):
             mixed = mixed + project(norm(level))
         if changed_BND is not None:
-            mixed = mixed + self.from_reread(self.reread_norm(changed_BND)).transpose(1, 2).unflatten(
-                2, mixed.shape[2:]
-            )
+            read_BWN = self.from_reread(self.reread_norm(changed_BND)).transpose(1, 2)
+            mixed = mixed + read_BWN.unflatten(2, mixed.shape[2:])
         for block in self.blocks:
             mixed = block(mixed)
         mixed_BNW = self.norm(mixed.flatten(2).transpose(1, 2))
@@ -191,15 +191,6 @@ class SharedTrunk(nn.Module):
         if changed_BND is not None:
             delta_removed_BND = delta_removed_BND + self.reread_scale_D * changed_BND
         return self.to_kept(mixed_BNW), delta_removed_BND, full_BD.float()
-
-    def _reread(self, trunk: Backbone, features: Features) -> Tensor | None:
-        """By how much each window's absence from the last blocks alone changes the embedding, [B, N, D]."""
-        if not self.reread_blocks:
-            return None
-        weight = next(trunk.parameters())
-        with torch.autocast(weight.device.type, enabled=False):
-            read_BMD = reread(trunk, [tokens.to(weight.dtype) for tokens in features.entering], self.seen_MT)
-        return read_BMD[:, 1:] - read_BMD[:, :1]
 
 
 class MixingBlock(nn.Module):

@@ -15,7 +15,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 
 from tve.backbones import Backbone, damage_named, open_backbone, save_backbone
-from tve.explainer import Explainer, ExplainerConfig, SharedTrunk
+from tve.explainer import Explainer, ExplainerConfig
 from tve.two_networks import TwoNetworksConfig
 from tve.weights import state_digest
 
@@ -124,9 +124,12 @@ of the exact windows the explainer has learned on held-out pictures. No label wa
 
 
 def _form(explainer: Explainer) -> str:
-    if not isinstance(explainer.network, SharedTrunk):
-        return explainer.config.form
-    return f"{explainer.config.form}, trunk {explainer.config.trunk}, blocks reread: {explainer.network.reread_blocks}"
+    config = explainer.config
+    return (
+        f"shared, trunk {config.trunk}, blocks reread: {explainer.reread_blocks}"
+        if config.form == "shared"
+        else config.form
+    )
 
 
 def _folder_hint(name: str) -> str:

@@ -11,14 +11,15 @@ with one block and .18 to .23 with three.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
 
 import torch
-from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from timm.models.eva import Eva
+from torch import Tensor
 
 from tve.backbones import Backbone
-from tve.coalitions import CoalitionFamily
+from tve.coalitions import CoalitionFamily, on_finer_grid
 from tve.plain_vits import obstacle, pooled_tokens
 from tve.vit_blocks import PreNormBlock, added
 
@@ -28,14 +29,13 @@ def most_blocks(backbone: Backbone) -> int:
 
     All but the first of a plain vision transformer that pools its class tokens; none of any other model.
     """
-    model = backbone.model
-    if type(model) not in (VisionTransformer, VisionTransformerDistilled) or not pooled_tokens(model):
+    model: Any = backbone.model
+    if obstacle(model, backbone.image_size, backbone.patches_per_side) or isinstance(model, Eva):  # Eva: rotary
         return 0
-    if obstacle(model, backbone.image_size, backbone.patches_per_side):
+    if not pooled_tokens(model):
         return 0
-    known = [PreNormBlock.of_known_parts(block) for block in model.blocks]  # type: ignore[union-attr]
-    first = len(known) - known[::-1].index(False) if False in known else 0
-    return len(known) - max(first, 1)
+    known = takewhile(PreNormBlock.of_known_parts, reversed(model.blocks))
+    return min(sum(1 for _ in known), len(model.blocks) - 1)
 
 
 def seen_without(family: CoalitionFamily, tokens_per_side: int) -> Tensor:
@@ -48,9 +48,20 @@ def seen_without(family: CoalitionFamily, tokens_per_side: int) -> Tensor:
         raise ValueError(
             f"tokens_per_side: expected a multiple of {family.patches_per_side}, the grid, got {tokens_per_side}"
         )
-    across = tokens_per_side // family.patches_per_side
-    removed = family.kept_NPP().repeat_interleave(across, 1).repeat_interleave(across, 2)
-    return ~removed.flatten(1)
+    return ~on_finer_grid(family.kept_NPP(), tokens_per_side // family.patches_per_side).flatten(1)
+
+
+def changed_without(backbone: Backbone, entering: Sequence[Tensor], seen_NT: Tensor) -> Tensor:
+    """By how much the embedding changes where only some patches are seen, [B, N, D]: `reread`, less the same of all.
+
+    Both in the weights' own precision whatever is autocast, and by the same arithmetic: the changes are small, and
+    rounding errors of either cancel. Arguments and errors are those of `reread`.
+    """
+    weight = next(backbone.parameters())
+    whole_1T = torch.ones_like(seen_NT[:1])
+    with torch.autocast(weight.device.type, enabled=False):
+        read = reread(backbone, [tokens.to(weight.dtype) for tokens in entering], torch.cat([whole_1T, seen_NT]))
+    return read[:, 1:] - read[:, :1]
 
 
 def reread(backbone: Backbone, entering: Sequence[Tensor], seen_NT: Tensor) -> Tensor:
@@ -66,17 +77,16 @@ def reread(backbone: Backbone, entering: Sequence[Tensor], seen_NT: Tensor) -> T
     Raises:
         ValueError: a block with hooks, which would be passed by.
     """
-    model = backbone.model
-    prefix, pooled = int(model.num_prefix_tokens), pooled_tokens(model)  # type: ignore[arg-type]
+    model: Any = backbone.model
+    prefix, pooled = int(model.num_prefix_tokens), pooled_tokens(model)
     num_pictures, num_readings = len(entering[0]), len(seen_NT)
     every = (num_pictures, num_readings)
     x_RD = entering[0][:, None, :prefix].expand(-1, num_readings, -1, -1).flatten(0, 2)
-    first = len(model.blocks) - len(entering)  # type: ignore[arg-type]
+    first = len(model.blocks) - len(entering)
     for number, tokens_BTD in enumerate(entering, first):
-        module: nn.Module = model.blocks[number]  # type: ignore[index,assignment]
-        if PreNormBlock.hooked(module):
+        if PreNormBlock.hooked(model.blocks[number]):
             raise ValueError(f"block {number} of {backbone.config.name}: expected no hooks, got some; remove them")
-        block = PreNormBlock(module)
+        block = PreNormBlock(model.blocks[number])
         patches_RD = block.norm1(tokens_BTD[:, prefix:]).flatten(0, 1)
         patches = [part.unflatten(0, (num_pictures, -1)) for part in block.expand(*block.key_value(patches_RD, None))]
         normed_RD = block.norm1(x_RD)
@@ -88,7 +98,7 @@ def reread(backbone: Backbone, entering: Sequence[Tensor], seen_NT: Tensor) -> T
         gathered = _gather(queries * block.scale, own, patches, seen_NT)
         x_RD = added(x_RD, block.attended(gathered, normed_RD), block.scale1_D)
         x_RD = added(x_RD, block.mlp(block.norm2(x_RD)), block.scale2_D)
-    pooled_RQD = model.norm(x_RD).unflatten(0, (-1, pooled))  # type: ignore[operator]
+    pooled_RQD = model.norm(x_RD).unflatten(0, (-1, pooled))
     embedding_BND: Tensor = backbone.pool(pooled_RQD).unflatten(0, every)
     return embedding_BND
 

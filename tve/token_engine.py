@@ -19,7 +19,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from tve.coalitions import Coalitions, WindowCoalitions
+from tve.coalitions import Coalitions, WindowCoalitions, on_finer_grid
 from tve.kernels import Backend, Ragged, bit_words, pack_masks, pack_windows, pooled_attention
 from tve.memory import MemoryNeed, even_bounds, need_of, peak_bytes
 from tve.plain_vits import pooled_tokens, pools_prefix
@@ -313,7 +313,7 @@ class TokenEngine:
         if self.cells == 1:
             return coalitions
         present = coalitions.present() if isinstance(coalitions, WindowCoalitions) else coalitions
-        return present.repeat_interleave(self.cells, -2).repeat_interleave(self.cells, -1)
+        return on_finer_grid(present, self.cells)
 
     def _pictures_together(self) -> int:
         """Of how many pictures the token bank is made at once."""

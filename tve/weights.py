@@ -40,6 +40,12 @@ def state_digest(state: Mapping[str, Tensor]) -> str:
 
 
 def load_weights(model: nn.Module, path: Path, sha256: str | None, architecture: str) -> None:
+    """Loads a .safetensors or .pth file into a model; positions of another picture size are interpolated.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another digest than `sha256`, no weights, or weights that do not fit.
+    """
     if not path.is_file():
         got = "which is a folder" if path.is_dir() else "which does not exist"
         raise FileNotFoundError(f"weights of {architecture}: expected a .safetensors or .pth file, got {path}, {got}")
@@ -76,6 +82,11 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path, architecture: str) -> None:
+    """Loads a state that was read from `path` into a model of its very names and shapes.
+
+    Raises:
+        ValueError: naming what does not fit.
+    """
     if differences := misfits(model.state_dict(), state):
         raise ValueError(f"{path}: does not fit {architecture}: {differences}; check architecture and timm_args")
     model.load_state_dict(state, strict=True)

@@ -247,6 +247,6 @@ def metrics_of(
         "resumed_from_step": result.resumed_from_step,
         "initialisation": initialisation,
         "form": params.form,
-        "reread_blocks": getattr(explainer.network, "reread_blocks", 0),
+        "reread_blocks": explainer.reread_blocks,
         "removal": explainer.config.removal,
     }
