@@ -137,7 +137,7 @@ class Backbone(nn.Module):
         )
         maps = dict(zip(indices, found, strict=True))
         entering = tuple(torch.cat([maps[i][1], maps[i][0].flatten(2).transpose(1, 2)], 1) for i in before)
-        on_grid = tuple(self._on_grid(maps[i][0] if before else maps[i]) for i in levels)
+        on_grid = tuple(self.on_grid(maps[i][0] if before else maps[i]) for i in levels)
         return Features(on_grid, self.pool(final), entering)
 
     def level_channels(self, num_levels: int) -> list[int]:
@@ -185,7 +185,7 @@ class Backbone(nn.Module):
         """How many places of a map [.., side, side] a patch has in each direction; 0 where they do not divide."""
         return 0 if side % self.patches_per_side else side // self.patches_per_side
 
-    def _on_grid(self, level_BWHH: Tensor) -> Tensor:
+    def on_grid(self, level_BWHH: Tensor) -> Tensor:
         """A map on the patch grid: each patch's places stacked as channels where they divide, else resized."""
         if places := self._places_across_patch(level_BWHH.shape[-1]):
             return nn.functional.pixel_unshuffle(level_BWHH, places)

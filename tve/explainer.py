@@ -22,6 +22,7 @@ from tve.coalitions import CoalitionFamily, Windows, require_whole
 from tve.meta_attribution import MetaAttribution
 from tve.removal import Removal, parse_removal
 from tve.rereading import changed_without, most_blocks, seen_without
+from tve.trained_end import TrainedEnd
 from tve.transfer_rule import DEFAULT_RULE, Head, Target, TransferRule, class_maps, require_head, transfer
 from tve.two_networks import TwoNetworks, TwoNetworksConfig
 from tve.weights import misfits
@@ -34,11 +35,12 @@ class ExplainerConfig:
     radius: int
     removal: Removal
     form: Literal["shared", "two_networks"] = "shared"
-    trunk: Literal["frozen", "trained"] = "frozen"  # shared: whether the backbone's copy is trained
+    trunk: Literal["frozen", "trained"] = "frozen"  # shared: whether a copy of the backbone is trained
     num_levels: int = 4  # shared: intermediate maps that are read
     width: int = 192  # shared: channels of the mixing blocks
     depth: int = 2  # shared: number of mixing blocks
     reread_blocks: int = 0  # shared: last blocks that are read anew, window by window; as many as a backbone allows
+    trained_blocks: int | None = None  # shared, trained: last blocks that are copied; None: the whole backbone
     two_networks: TwoNetworksConfig = field(default_factory=TwoNetworksConfig)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,21 @@ class ExplainerConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
+        require_trained_blocks(self.trunk, self.trained_blocks, self.reread_blocks)
+
+
+def require_trained_blocks(trunk: str, trained_blocks: int | None, reread_blocks: int) -> None:
+    """Raises ValueError unless a trained copy of that many last blocks can be had, and those reread are among them."""
+    if trained_blocks is None:
+        return
+    require_whole("trained_blocks", trained_blocks)
+    if trunk != "trained":
+        raise ValueError(f"trained_blocks: expected None where the trunk is {trunk}, got {trained_blocks}")
+    if trained_blocks < max(1, reread_blocks):
+        raise ValueError(
+            f"trained_blocks: expected at least {max(1, reread_blocks)}, since reread_blocks is {reread_blocks}, "
+            f"got {trained_blocks}"
+        )
 
 
 class Explainer(nn.Module):
@@ -146,8 +163,11 @@ class SharedTrunk(nn.Module):
     def __init__(self, backbone: Backbone, config: ExplainerConfig, family: CoalitionFamily) -> None:
         super().__init__()
         self.num_levels = config.num_levels
-        # The trained trunk starts from the backbone's weights; a frozen one is the backbone itself.
-        self.trunk = trainable_copy(backbone) if config.trunk == "trained" else None
+        # A trained trunk starts from the backbone's weights; a frozen one is the backbone itself.
+        self.trunk: Backbone | TrainedEnd | None = None
+        if config.trunk == "trained":
+            last = config.trained_blocks
+            self.trunk = trainable_copy(backbone) if last is None else TrainedEnd(backbone, last)
         patches, embed_dim, width = backbone.patches_per_side, backbone.embed_dim, config.width
         pixels = backbone.image_size // patches
         self.from_pixels = nn.Conv2d(3, width, pixels, stride=pixels)
@@ -170,12 +190,16 @@ class SharedTrunk(nn.Module):
 
     def forward(self, images_B3SS: Tensor, backbone: Backbone) -> tuple[Tensor, Tensor, Tensor]:
         """(delta_g [B, N, D], delta_h [B, N, D], G(x) [B, D])."""
-        trunk = self.trunk or backbone
         with torch.set_grad_enabled(self.trunk is not None and torch.is_grad_enabled()):
-            features = trunk.features(images_B3SS, self.num_levels, self.reread_blocks)
-            changed_BND = changed_without(trunk, features.entering, self.seen_NT) if self.reread_blocks else None
-        full_BD = features.embedding_BD
-        if self.trunk is not None:
+            if isinstance(self.trunk, TrainedEnd):
+                features, full_BD = self.trunk(backbone, images_B3SS, self.num_levels, self.reread_blocks)
+                reader = self.trunk.end
+            else:
+                reader = self.trunk or backbone
+                features = reader.features(images_B3SS, self.num_levels, self.reread_blocks)
+                full_BD = features.embedding_BD
+            changed_BND = changed_without(reader, features.entering, self.seen_NT) if self.reread_blocks else None
+        if isinstance(self.trunk, Backbone):
             with torch.no_grad():
                 full_BD = backbone(images_B3SS)
         mixed = self.from_pixels(images_B3SS) + self.position + self.from_embedding(full_BD)[..., None, None]

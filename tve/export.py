@@ -125,11 +125,10 @@ of the exact windows the explainer has learned on held-out pictures. No label wa
 
 def _form(explainer: Explainer) -> str:
     config = explainer.config
-    return (
-        f"shared, trunk {config.trunk}, blocks reread: {explainer.reread_blocks}"
-        if config.form == "shared"
-        else config.form
-    )
+    if config.form != "shared":
+        return config.form
+    end = "" if config.trained_blocks is None else f" (last {config.trained_blocks} blocks)"
+    return f"shared, trunk {config.trunk}{end}, blocks reread: {explainer.reread_blocks}"
 
 
 def _folder_hint(name: str) -> str:

@@ -5,7 +5,7 @@ erratic where the backbone never saw any. A plain transformer sees them as `drop
 whatever operator its explainer is for. A smooth random warp makes up for a small number of different objects. The last
 steps see pictures as they are, and more of them whole.
 
-The matrices of the blocks are trained by Muon (torch.optim.Muon: momentum, orthogonalised), which needs about
+The matrices of the blocks are trained by Muon (momentum, orthogonalised; `tve_pipeline.muon`), which needs about
 half the steps that AdamW needs here; all other parameters by AdamW, at the same learning rate.
 
 A distilled transformer's second token has no teacher here. Both its tokens are read by one and the same classifier,
@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from tve.precision import choose_precision
 from tve.removal import zero_pixels
+from tve_pipeline.muon import Muon
 
 MIN_KEPT_PATCHES = 4
 WARP_CELL_PIXELS = 8
@@ -213,12 +214,7 @@ def _optimizers(
     chosen = set(map(id, matrices))
     rest = [parameter for parameter in model.parameters() if id(parameter) not in chosen]
     return [
-        torch.optim.Muon(
-            matrices,
-            lr=config.learning_rate,
-            weight_decay=config.weight_decay,
-            adjust_lr_fn="match_rms_adamw",
-        ),
+        Muon(matrices, lr=config.learning_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(rest, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)),
     ]
 

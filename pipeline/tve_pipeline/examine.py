@@ -86,7 +86,8 @@ def examined(
         for changed in cascade(explainer.backbone, params.seed)
     ]
     another = torch.arange(len(images_B3SS)).roll(1)
-    reads_backbone = explainer.config.form == "shared" and explainer.config.trunk == "frozen"
+    trains_all = explainer.config.trunk == "trained" and explainer.config.trained_blocks is None
+    reads_backbone = explainer.config.form == "shared" and not trains_all
     tasks: dict[str, Any] = {}
     for task, each in heads.items():
         head, full_BD = each.head, metas["exact_windows"].full_BD

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from tve.backbones import Backbone, open_backbone
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
-from tve.explainer import Explainer, ExplainerConfig
+from tve.explainer import Explainer, ExplainerConfig, require_trained_blocks
 from tve.mae import MaskedAutoencoder, initialise_from_file, initialise_from_mae, pretrain_mae
 from tve.pictures import ordered_batches, training_batches
 from tve.precision import RequestedPrecision
@@ -82,6 +82,7 @@ class PretrainParams(Section):
     width: Count
     depth: int = Field(ge=0)
     reread_blocks: int = Field(ge=0)
+    trained_blocks: Count | None = None  # of a trained trunk: the last blocks alone; null: all of it
     num_steps: Count
     batch_size: Count
     centres_per_image: Count
@@ -104,6 +105,11 @@ class PretrainParams(Section):
     def _warmup_ends(self) -> "PretrainParams":
         if self.warmup_steps > self.num_steps:
             raise ValueError(f"warmup_steps: expected at most num_steps, {self.num_steps}, got {self.warmup_steps}")
+        return self
+
+    @model_validator(mode="after")
+    def _trained_blocks_fit(self) -> "PretrainParams":
+        require_trained_blocks(self.trunk, self.trained_blocks, self.reread_blocks)
         return self
 
 
@@ -141,6 +147,7 @@ def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal
         width=params.width,
         depth=params.depth,
         reread_blocks=params.reread_blocks,
+        trained_blocks=params.trained_blocks,
         two_networks=TwoNetworksConfig(**params.two_networks.model_dump())
         if params.two_networks
         else TwoNetworksConfig(),
