@@ -86,6 +86,18 @@ def test_an_explainer_is_asked_about_a_redrawn_backbone_with_the_weights_that_it
     assert len(found["tasks"]["task"]["tve"]["blocks"]) == 2
 
 
+@pytest.mark.parametrize(("trained_blocks", "stated"), [(1, [False, True]), (None, [])])
+def test_blocks_of_which_an_explainer_has_copies_of_its_own_are_not_asked_about(
+    backbone: Backbone, head: nn.Linear, trained_blocks: int | None, stated: list[bool]
+) -> None:
+    config = ExplainerConfig(1, "drop", trunk="trained", trained_blocks=trained_blocks, num_levels=2, width=16, depth=1)
+    made = Explainer(backbone, config).eval()
+    nn.init.normal_(made.network.to_kept.weight)  # type: ignore[union-attr,arg-type]
+    found = examined(made, {"task": TaskHead(tuple("abcd"), head)}, IMAGES, PARAMS, EVALUATION)["tasks"]["task"]
+    assert [value is not None for value in found["tve"]["blocks"]] == stated
+    assert all(value is not None for value in found["exact_windows"]["blocks"])
+
+
 def test_the_bound_is_the_librarys_and_a_broken_one_is_counted(
     explainer: Explainer, head: nn.Linear, found: dict[str, Any]
 ) -> None:

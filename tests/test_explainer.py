@@ -22,6 +22,7 @@ VIT = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads"
 SMALL_PAPER = TwoNetworksConfig(
     embed_dim=32, encoder_depth=1, decoder_depth=1, num_heads=2, mixing_layers=2, differences=True
 )
+FORMS = [{"trunk": "frozen"}, {"trunk": "trained"}, {"trunk": "trained", "trained_blocks": 1}, {"form": "two_networks"}]
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def explainer_for(backbone: Backbone, **settings: object) -> Explainer:
     return Explainer(backbone, ExplainerConfig(**(base | settings)))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("settings", [{"trunk": "frozen"}, {"trunk": "trained"}, {"form": "two_networks"}])
+@pytest.mark.parametrize("settings", FORMS)
 def test_an_untrained_explainer_gives_the_two_trivial_answers(backbone: Backbone, settings: dict[str, str]) -> None:
     images = torch.randn(2, 3, 32, 32)
     meta = explainer_for(backbone, **settings)(images)
@@ -161,7 +162,7 @@ def _killed() -> Iterator[PictureBatch]:
     yield
 
 
-@pytest.mark.parametrize("settings", [{"trunk": "frozen"}, {"trunk": "trained"}, {"form": "two_networks"}])
+@pytest.mark.parametrize("settings", FORMS)
 def test_pretraining_beats_the_trivial_answers(backbone: Backbone, settings: dict[str, str], tmp_path: Path) -> None:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     result = short_run(explainer_for(backbone, **settings), images, tmp_path / "c.pt")

@@ -143,7 +143,7 @@ def test_a_value_out_of_range_is_named_with_what_was_expected(
         ("learning_rate", "small", "learning_rate: expected a number, got 'small'$"),
         ("learning_rate", float("nan"), "learning_rate: expected a finite number, got nan"),
         ("trunk_learning_rate", -0.1, "trunk_learning_rate: expected at least 0"),
-        ("trained_blocks", 4, "trained_blocks: expected None where the trunk is frozen, got 4"),
+        ("trained_blocks", 4, "trained_blocks: expected none where the trunk is frozen, got 4"),
         ("weight_decay", -0.1, "weight_decay: expected at least 0"),
         ("whitening_floor", 0, "whitening_floor: expected more than 0, got 0"),
         ("warmup_steps", 1501, "warmup_steps: expected at most num_steps, 1500, got 1501"),

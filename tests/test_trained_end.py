@@ -10,6 +10,7 @@ from tests.test_rereading import SMALL, backbone
 from tve.backbones import Backbone, load_backbone
 from tve.explainer import Explainer, ExplainerConfig, SharedTrunk
 from tve.export import load_explainer, save_explainer
+from tve.meta_attribution import MetaAttribution
 from tve.trained_end import TrainedEnd
 
 MODELS = {
@@ -17,13 +18,15 @@ MODELS = {
     "class and registers": ("vit_tiny_patch16_224", {"reg_tokens": 2}),
     "distilled": ("deit_tiny_distilled_patch16_224", {}),
     "a norm before the blocks": ("vit_tiny_patch16_224", {"pre_norm": True}),
+    "tokens finer than the grid": ("vit_tiny_patch16_224", {"patch_size": 4}),
 }
+SETTINGS = [(1, 0), (2, 0), (2, 2), (3, 1)]  # trained_blocks, reread_blocks
 
 
 def made(name: str) -> Backbone:
     torch.manual_seed(0)
     architecture, settings = MODELS[name]
-    return load_backbone(architecture, "random", timm_args=SMALL | settings)
+    return load_backbone(architecture, "random", timm_args=SMALL | settings, patches_per_side=4)
 
 
 def explainer(of: Backbone, trained_blocks: int | None, reread_blocks: int = 2) -> Explainer:
@@ -53,47 +56,74 @@ def images(count: int = 2) -> Tensor:
     return torch.randn(count, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize(("trained_blocks", "reread_blocks"), [(1, 0), (2, 2), (3, 1)])
-def test_untrained_it_says_what_a_copy_of_the_whole_says(name: str, trained_blocks: int, reread_blocks: int) -> None:
+def ends_and_wholes(name: str, trained_blocks: int, reread_blocks: int) -> tuple[Explainer, Explainer]:
+    """An explainer with a trained end and one with a trained whole, equal but for that."""
     of = made(name)
     end, whole = explainer(of, trained_blocks, reread_blocks), explainer(of, None, reread_blocks)
     rest = {key: value for key, value in whole.trained_state().items() if not key.startswith("network.trunk.")}
     end.load_state_dict(rest, strict=False)
-    with torch.no_grad():
-        mine, other = end(images()), whole(images())
-    assert mine.removed_BND.std(1).mean() > 0.01
+    return end.eval(), whole.eval()
+
+
+def trunk_of(explains: Explainer) -> Backbone | TrainedEnd:
+    assert isinstance(explains.network, SharedTrunk)
+    assert explains.network.trunk is not None
+    return explains.network.trunk
+
+
+def assert_equal(mine: MetaAttribution, other: MetaAttribution) -> None:
     for part in ("kept_BND", "removed_BND", "full_BD"):
         assert torch.equal(getattr(mine, part), getattr(other, part)), part
 
 
-def test_the_last_blocks_alone_are_trained_and_saved() -> None:
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("trained_blocks", "reread_blocks"), SETTINGS)
+@torch.no_grad()
+def test_it_says_what_a_copy_of_the_whole_with_the_same_last_blocks_says(
+    name: str, trained_blocks: int, reread_blocks: int
+) -> None:
+    end, whole = ends_and_wholes(name, trained_blocks, reread_blocks)
+    untrained = end(images())
+    assert untrained.removed_BND.std(1).mean() > 0.01
+    assert_equal(untrained, whole(images()))
+    own, copied = trunk_of(end), trunk_of(whole)
+    assert isinstance(own, TrainedEnd)
+    assert isinstance(copied, Backbone)
+    for part, parameter in own.end.model.named_parameters():
+        if parameter.requires_grad:
+            copied.model.get_parameter(part).copy_(parameter.mul_(1.5))
+    trained = end(images())
+    assert not torch.allclose(untrained.kept_BND, trained.kept_BND, atol=1e-3)
+    assert not torch.allclose(untrained.removed_BND, trained.removed_BND, atol=1e-3)
+    assert torch.equal(untrained.full_BD, trained.full_BD)
+    assert torch.equal(end.backbone(images()), trained.full_BD)
+    assert_equal(trained, whole(images()))
+
+
+@pytest.mark.parametrize("reread_blocks", [0, 2])
+def test_the_last_blocks_alone_are_trained(reread_blocks: int) -> None:
     of = made("plain")
-    explains = explainer(of, 2)
-    explains(images()).removed_BND.square().mean().backward()
-    trunk = {name: p for name, p in explains.network.named_parameters() if name.startswith("trunk.")}
-    parts = {name.removeprefix("trunk.end.model.").rsplit(".", 1)[0].partition(".") for name in trunk}
-    assert {first for first, _, _ in parts} == {"blocks", "norm"}
-    assert {rest[0] for first, _, rest in parts if first == "blocks"} == {"2", "3"}
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trunk.values())
+    explains = explainer(of, 2, reread_blocks)
+    meta = explains(images())
+    (meta.removed_BND.square().mean() + meta.kept_BND.square().mean()).backward()
+    trained = {name: p for name, p in explains.network.named_parameters() if "trunk." in name and p.requires_grad}
+    assert {name.removeprefix("trunk.end.model.blocks.").partition(".")[0] for name in trained} == {"2", "3"}
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
     assert all(p.grad is None for p in of.parameters())
-    assert {name.removeprefix("network.") for name in explains.trained_state() if "trunk." in name} == set(trunk)
+    others = (p for name, p in explains.network.named_parameters() if "trunk." in name and name not in trained)
+    assert all(p.grad is None for p in others)
+    saved = {name.removeprefix("network.") for name in explains.trained_state()}
+    assert set(trained) < saved
+    assert not any(
+        ".blocks.0." in name or ".blocks.1." in name or "pos_embed" in name for name in saved if "trunk" in name
+    )
 
 
-def test_a_changed_end_changes_maps_and_neither_the_embedding_nor_the_backbone() -> None:
-    of = made("plain")
-    explains = explainer(of, 2)
-    assert isinstance(explains.network, SharedTrunk)
-    assert isinstance(explains.network.trunk, TrainedEnd)
-    with torch.no_grad():
-        before = explains(images())
-        for parameter in explains.network.trunk.parameters():
-            parameter.mul_(1.5)
-        after = explains(images())
-        assert torch.equal(before.full_BD, after.full_BD)
-        assert torch.equal(of(images()), after.full_BD)
-    assert not torch.allclose(before.kept_BND, after.kept_BND, atol=1e-3)
-    assert not torch.allclose(before.removed_BND, after.removed_BND, atol=1e-3)
+def test_the_end_is_no_backbone_of_its_own() -> None:
+    end = trunk_of(explainer(made("plain"), 2))
+    assert isinstance(end, TrainedEnd)
+    with pytest.raises(TypeError):
+        end.end(images())
 
 
 def test_an_export_says_so_and_opens_the_same(tmp_path: Path) -> None:
@@ -109,11 +139,14 @@ def test_an_export_says_so_and_opens_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"trunk": "frozen", "trained_blocks": 2}, "trained_blocks: expected None where the trunk is frozen, got 2"),
-        ({"trunk": "trained", "trained_blocks": 0}, "trained_blocks: expected at least 1, .* got 0"),
+        (
+            {"trunk": "frozen", "trained_blocks": 2},
+            "trained_blocks: expected none where the trunk is frozen, got 2; leave it out, or set trunk",
+        ),
+        ({"trunk": "trained", "trained_blocks": 0}, "trained_blocks: expected 1 or more, got 0; leave it out"),
         (
             {"trunk": "trained", "trained_blocks": 2, "reread_blocks": 3},
-            "trained_blocks: expected at least 3, since reread_blocks is 3, got 2",
+            "trained_blocks: expected at least the 3 that are reread, got 2; copy more",
         ),
         ({"trunk": "trained", "trained_blocks": 1.5}, "trained_blocks: expected"),
     ],

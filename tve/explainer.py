@@ -59,16 +59,21 @@ class ExplainerConfig:
 
 
 def require_trained_blocks(trunk: str, trained_blocks: int | None, reread_blocks: int) -> None:
-    """Raises ValueError unless a trained copy of that many last blocks can be had, and those reread are among them."""
+    """Raises ValueError where trained_blocks is given without a trained trunk, or leaves out blocks that are reread."""
     if trained_blocks is None:
         return
     require_whole("trained_blocks", trained_blocks)
     if trunk != "trained":
-        raise ValueError(f"trained_blocks: expected None where the trunk is {trunk}, got {trained_blocks}")
-    if trained_blocks < max(1, reread_blocks):
         raise ValueError(
-            f"trained_blocks: expected at least {max(1, reread_blocks)}, since reread_blocks is {reread_blocks}, "
-            f"got {trained_blocks}"
+            f"trained_blocks: expected none where the trunk is {trunk}, got {trained_blocks}; leave it out, or set "
+            "trunk to 'trained'"
+        )
+    if trained_blocks < 1:
+        raise ValueError(f"trained_blocks: expected 1 or more, got {trained_blocks}; leave it out to copy them all")
+    if trained_blocks < reread_blocks:
+        raise ValueError(
+            f"trained_blocks: expected at least the {reread_blocks} that are reread, got {trained_blocks}; copy more "
+            "blocks or lower reread_blocks"
         )
 
 
@@ -192,13 +197,13 @@ class SharedTrunk(nn.Module):
         """(delta_g [B, N, D], delta_h [B, N, D], G(x) [B, D])."""
         with torch.set_grad_enabled(self.trunk is not None and torch.is_grad_enabled()):
             if isinstance(self.trunk, TrainedEnd):
-                features, full_BD = self.trunk(backbone, images_B3SS, self.num_levels, self.reread_blocks)
                 reader = self.trunk.end
+                features = self.trunk(backbone, images_B3SS, self.num_levels, self.reread_blocks)
             else:
                 reader = self.trunk or backbone
                 features = reader.features(images_B3SS, self.num_levels, self.reread_blocks)
-                full_BD = features.embedding_BD
             changed_BND = changed_without(reader, features.entering, self.seen_NT) if self.reread_blocks else None
+        full_BD = features.embedding_BD
         if isinstance(self.trunk, Backbone):
             with torch.no_grad():
                 full_BD = backbone(images_B3SS)

@@ -1,8 +1,8 @@
-"""A trained copy of a backbone's last blocks: most of what a trained copy of the whole is worth, for less of its price.
+"""A trained copy of a backbone's last blocks, which begins with the frozen backbone's own tokens.
 
-The frozen backbone's tokens enter the copy, so that the blocks before it are computed once, for the embedding and for
-the explainer. Beyond G(x), the explainer of ViT-Ti at 112 px that rereads three blocks takes .72 classifications with
-a frozen trunk, 1.01 with four trained blocks and 1.59 with all twelve and their stem.
+So the blocks before it are computed once, for the embedding and for the explainer. Beyond G(x), the explainer of ViT-Ti
+at 112 px that rereads three blocks takes .72 classifications with a frozen trunk, 1.01 with four trained blocks and
+1.59 with a trained copy of all twelve (one core, docs/experiments.md).
 """
 
 from typing import Any
@@ -15,9 +15,10 @@ from tve.rereading import most_blocks
 
 
 class TrainedEnd(nn.Module):
-    """The last K blocks and the final norm of a plain vision transformer that pools its class tokens, to be trained.
+    """The last K blocks of a plain vision transformer that pools its class tokens, to be trained.
 
-    `end` is a backbone without a stem: `tve.rereading` reads its blocks as it reads a whole one's.
+    `end` is a backbone without a stem, for `tve.rereading`, which reads its blocks as a whole one's. Its norms are as
+    in the backbone: behind the blocks they would only rescale what an explainer rescales anyway.
 
     Raises:
         ValueError: fewer than one block, or more than `tve.rereading.most_blocks` of the backbone.
@@ -32,13 +33,12 @@ class TrainedEnd(nn.Module):
                 else f"trained_blocks: expected none for {backbone.config.name}, which is no plain vision transformer "
                 f"that pools its class tokens, got {num_blocks}; leave it out to train a copy of the whole"
             )
-        self.end = trainable_copy(backbone)
+        self.end = trainable_copy(backbone).requires_grad_(False)
         model: Any = self.end.model
         self.first = len(model.blocks) - num_blocks
         self.tokens_per_side = int(model.patch_embed.grid_size[0])
-        model.blocks = model.blocks[self.first :]
-        model.patch_embed, model.norm_pre = nn.Identity(), nn.Identity()
-        for name in ("pos_embed", "cls_token", "reg_token", "dist_token"):
+        model.blocks = model.blocks[self.first :].requires_grad_(True)
+        for name in ("patch_embed", "norm_pre", "pos_embed", "cls_token", "reg_token", "dist_token"):
             if getattr(model, name, None) is not None:
                 setattr(model, name, None)
         model.reset_classifier(0)
@@ -47,10 +47,8 @@ class TrainedEnd(nn.Module):
     def num_blocks(self) -> int:
         return len(self.end.model.blocks)  # type: ignore[arg-type]
 
-    def forward(
-        self, backbone: Backbone, images_B3SS: Tensor, num_levels: int, num_entered: int
-    ) -> tuple[Features, Tensor]:
-        """What `Backbone.features` of the backbone with this end gives, and the embedding G(x) of the one without.
+    def forward(self, backbone: Backbone, images_B3SS: Tensor, num_levels: int, num_entered: int) -> Features:
+        """What `Backbone.features` gives, maps and entering tokens of the backbone with this end; G(x) is its own.
 
         Args:
             backbone: the frozen one.
@@ -73,6 +71,4 @@ class TrainedEnd(nn.Module):
                 sides = (self.tokens_per_side, self.tokens_per_side)
                 patches_BWT = tokens_BTW[:, model.num_prefix_tokens :].transpose(1, 2)
                 levels[number] = backbone.on_grid(patches_BWT.unflatten(2, sides))
-        embedding_BD = self.end.pool(model.norm(tokens_BTW))
-        features = Features(tuple(levels.values()), embedding_BD, tuple(entering[len(entering) - num_entered :]))
-        return features, frozen.embedding_BD
+        return Features(tuple(levels.values()), frozen.embedding_BD, tuple(entering[len(entering) - num_entered :]))

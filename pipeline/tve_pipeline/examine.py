@@ -7,7 +7,8 @@ Writes results/P/examine/BACKBONE-DATASET/metrics.json, for every task and for T
 random_head    rank correlation of a picture's map with the map of the same class under redrawn heads
 other_picture  the same with the map that another picture's meta-attribution gives
 blocks         the same with the maps of backbones whose 1, 2, … last blocks are redrawn (`tve.fidelity.sanity`); of TVE
-               where its explainer reads the backbone's own features, and nothing where it has networks of its own
+               where its explainer reads the backbone's own features (a trained end: those of the blocks before it), and
+               nothing where it has networks of its own
 bound          TVE's error beside its bounds (`tve.fidelity.bound`), and how many pictures break one: none should
 
 Correlations are means over pictures; a map that does not change has 1.
@@ -86,8 +87,8 @@ def examined(
         for changed in cascade(explainer.backbone, params.seed)
     ]
     another = torch.arange(len(images_B3SS)).roll(1)
-    trains_all = explainer.config.trunk == "trained" and explainer.config.trained_blocks is None
-    reads_backbone = explainer.config.form == "shared" and not trains_all
+    config, own_blocks = explainer.config, explainer.config.trained_blocks or 0
+    reads_backbone = config.form == "shared" and (config.trunk == "frozen" or own_blocks > 0)
     tasks: dict[str, Any] = {}
     for task, each in heads.items():
         head, full_BD = each.head, metas["exact_windows"].full_BD
@@ -108,7 +109,12 @@ def examined(
             found[name] = {
                 "random_head": sum(told) / len(told) if told else None,
                 "other_picture": correlation(class_maps(metas[name][another], head, target_B, rule)),
-                "blocks": [correlation(class_maps(of[name], head, target_B, rule)) for of in redrawn]
+                "blocks": [
+                    correlation(class_maps(of[name], head, target_B, rule))
+                    if name == "exact_windows" or count > own_blocks
+                    else None
+                    for count, of in enumerate(redrawn, 1)
+                ]
                 if name == "exact_windows" or reads_backbone
                 else [],
             }

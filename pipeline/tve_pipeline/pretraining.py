@@ -159,7 +159,8 @@ def initialise_two_networks(explainer: Explainer, shards: Shards, params: Pretra
     """Starts the paper's networks from a masked autoencoder where one is asked for; says what was done."""
     network = explainer.network
     if not isinstance(network, TwoNetworks):
-        return f"backbone features ({params.trunk} trunk)"
+        end = "" if params.trained_blocks is None else f", last {params.trained_blocks} blocks"
+        return f"backbone features ({params.trunk} trunk{end})"
     if params.mae is None:
         return network.initialisation
     backbone = explainer.backbone
@@ -255,5 +256,6 @@ def metrics_of(
         "initialisation": initialisation,
         "form": params.form,
         "reread_blocks": explainer.reread_blocks,
+        "trained_blocks": params.trained_blocks if params.form == "shared" else None,
         "removal": explainer.config.removal,
     }
