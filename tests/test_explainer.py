@@ -38,7 +38,7 @@ def explainer_for(backbone: Backbone, **settings: object) -> Explainer:
 
 
 @pytest.mark.parametrize("settings", FORMS)
-def test_an_untrained_explainer_gives_the_two_trivial_answers(backbone: Backbone, settings: dict[str, str]) -> None:
+def test_an_untrained_explainer_gives_the_two_trivial_answers(backbone: Backbone, settings: dict[str, object]) -> None:
     images = torch.randn(2, 3, 32, 32)
     meta = explainer_for(backbone, **settings)(images)
     full = backbone(images)
@@ -163,7 +163,7 @@ def _killed() -> Iterator[PictureBatch]:
 
 
 @pytest.mark.parametrize("settings", FORMS)
-def test_pretraining_beats_the_trivial_answers(backbone: Backbone, settings: dict[str, str], tmp_path: Path) -> None:
+def test_pretraining_beats_the_trivial_answers(backbone: Backbone, settings: dict[str, object], tmp_path: Path) -> None:
     images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(3))
     result = short_run(explainer_for(backbone, **settings), images, tmp_path / "c.pt")
     assert result.explained.kept > result.trivial.kept

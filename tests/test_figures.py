@@ -10,23 +10,19 @@ import torch
 from PIL import Image
 
 from tve.figures import (
-    AGAINST_RGB,
-    FOR_RGB,
-    MAX_OPACITY,
-    METHOD_STYLES,
     Curves,
     Panel,
     Price,
     Training,
-    enlarged,
     fidelity_curves,
     inline_svg,
-    overlay,
     picture_grid,
     price_against_fidelity,
     save_png,
     training_curves,
 )
+from tve.heatmaps import AGAINST_RGB, FOR_RGB, MAX_OPACITY, enlarged, overlay
+from tve.method_styles import METHOD_STYLES
 
 PATCHES, SIZE = 4, 32
 PATCH_PIXELS = SIZE // PATCHES

@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from tve.explainer import ExplainerConfig as ExplainerConfig
     from tve.export import load_explainer as load_explainer
     from tve.export import save_explainer as save_explainer
-    from tve.figures import overlay as overlay
     from tve.heads import load_head as load_head
+    from tve.heatmaps import overlay as overlay
     from tve.meta_attribution import MetaAttribution as MetaAttribution
     from tve.meta_attribution import exact_windows as exact_windows
     from tve.transfer_rule import TransferRule as TransferRule
@@ -33,7 +33,7 @@ _HOME = {
     "ExplainerConfig": "explainer",
     "load_explainer": "export",
     "save_explainer": "export",
-    "overlay": "figures",
+    "overlay": "heatmaps",
     "load_head": "heads",
     "MetaAttribution": "meta_attribution",
     "exact_windows": "meta_attribution",

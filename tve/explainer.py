@@ -55,26 +55,27 @@ class ExplainerConfig:
         ):
             if value not in known:
                 raise ValueError(f"{name}: expected one of {list(known)}, got {value!r}")
-        require_trained_blocks(self.trunk, self.trained_blocks, self.reread_blocks)
+        self._require_trained_blocks()
 
-
-def require_trained_blocks(trunk: str, trained_blocks: int | None, reread_blocks: int) -> None:
-    """Raises ValueError where trained_blocks is given without a trained trunk, or leaves out blocks that are reread."""
-    if trained_blocks is None:
-        return
-    require_whole("trained_blocks", trained_blocks)
-    if trunk != "trained":
-        raise ValueError(
-            f"trained_blocks: expected none where the trunk is {trunk}, got {trained_blocks}; leave it out, or set "
-            "trunk to 'trained'"
-        )
-    if trained_blocks < 1:
-        raise ValueError(f"trained_blocks: expected 1 or more, got {trained_blocks}; leave it out to copy them all")
-    if trained_blocks < reread_blocks:
-        raise ValueError(
-            f"trained_blocks: expected at least the {reread_blocks} that are reread, got {trained_blocks}; copy more "
-            "blocks or lower reread_blocks"
-        )
+    def _require_trained_blocks(self) -> None:
+        """Raises ValueError where they are given without a trained trunk, or leave out blocks that are reread."""
+        if self.trained_blocks is None:
+            return
+        require_whole("trained_blocks", self.trained_blocks)
+        if self.trunk != "trained":
+            raise ValueError(
+                f"trained_blocks: expected none where the trunk is {self.trunk}, got {self.trained_blocks}; leave it "
+                "out, or set trunk to 'trained'"
+            )
+        if self.trained_blocks < 1:
+            raise ValueError(
+                f"trained_blocks: expected 1 or more, got {self.trained_blocks}; leave it out to copy them all"
+            )
+        if self.trained_blocks < self.reread_blocks:
+            raise ValueError(
+                f"trained_blocks: expected at least the {self.reread_blocks} that are reread, got "
+                f"{self.trained_blocks}; copy more blocks or lower reread_blocks"
+            )
 
 
 class Explainer(nn.Module):

@@ -1,8 +1,6 @@
-"""Figures: heatmaps over pictures, fidelity curves, a training curve; one style, safe for colour-blind readers.
+"""Figures: grids of pictures, fidelity curves, prices, training curves; one style, safe for colour-blind readers.
 
-An overlay never hides its picture: the picture turns grey, and colour covers a patch in proportion to |phi| alone.
-Red speaks for the class, blue against it, and a patch of attribution 0 stays as it was. matplotlib is imported when a
-figure is drawn, so that `overlay` works without it.
+matplotlib is imported when a figure is drawn.
 """
 
 import html
@@ -11,74 +9,25 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+
+from tve.heatmaps import overlay
+from tve.method_styles import INK, style_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from matplotlib.text import Annotation
     from matplotlib.transforms import BboxBase
-    from torch import Tensor
 
-FOR_RGB = (203, 24, 29)
-AGAINST_RGB = (33, 102, 172)
-MAX_OPACITY = 0.72
 LABEL_SIDES = ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (1, -1), (-1, 1), (-1, -1))  # of a point, the best first
 
 
-@dataclass(frozen=True, slots=True)
-class LineStyle:
-    """How a method looks in every figure and legend."""
-
-    label: str
-    colour: str
-    dash: tuple[float, ...] = ()  # on, off, … in widths of the line; solid where empty
-    width: float = 1.3
-
-    @property
-    def scaled_dash(self) -> tuple[float, ...]:
-        """The dash as a plot draws it: in multiples of the line's width."""
-        return tuple(round(length * self.width, 2) for length in self.dash)
-
-
-# Okabe and Ito's palette for what is compared; greys, told apart by their dashes, for the controls. The exact windows
-# are the ink of the page, which a dark page inverts.
-INK = "#1a1c20"
-METHOD_STYLES: dict[str, LineStyle] = {
-    "tve": LineStyle("TVE", "#0072B2", width=2.4),
-    "tve_mean": LineStyle("TVE, window mean", "#56B4E9", (4, 1.5)),
-    "tve_u": LineStyle("TVE, windows", "#56B4E9", (1, 1.4)),
-    "tve_hg": LineStyle("TVE-Hg", "#CC79A7", width=1.7),
-    "tve_untrained": LineStyle("Untrained TVE", "#8fb8d6", (1, 1.4)),
-    "tve_untrained_mean": LineStyle("Untrained, window mean", "#8fb8d6", (4, 1.5)),
-    "tve_untrained_u": LineStyle("Untrained, windows", "#8fb8d6", (6, 1.5, 1, 1.5)),
-    "tve_two_networks": LineStyle("TVE, two networks", "#004b75", (6, 1.5, 1, 1.5)),
-    "tve_two_networks_mean": LineStyle("Two networks, window mean", "#004b75", (4, 1.5)),
-    "tve_two_networks_u": LineStyle("Two networks, windows", "#004b75", (1, 1.4)),
-    "vit_shapley": LineStyle("ViT-Shapley", "#D55E00", width=1.7),
-    "integrated_gradients": LineStyle("Integrated Gradients", "#b59f00", (6, 1.5, 1, 1.5)),
-    "deep_lift": LineStyle("DeepLift", "#b59f00", (1, 1.4)),
-    "gradient_shap": LineStyle("GradSHAP", "#b59f00", (4, 1.5)),
-    "grad_cam": LineStyle("Grad-CAM", "#7a6a00"),
-    "rollout": LineStyle("Attention rollout", "#7a6a00", (4, 1.5)),
-    "attn_lrp": LineStyle("AttnLRP", "#009E73", width=1.7),
-    "occlusion": LineStyle("Occlusion", "#8d5a97"),
-    "rise": LineStyle("RISE", "#CC79A7", (6, 1.5, 1, 1.5), 1.5),
-    "kernel_shap": LineStyle("Kernel SHAP", "#8d5a97", (4, 1.5), 1.5),
-    "lime": LineStyle("LIME", "#8d5a97", (1, 1.4), 1.5),
-    "exact_windows": LineStyle("Exact windows", INK, (5, 1.8), 1.7),
-    "exact_windows_mean": LineStyle("Exact, window mean", "#5b6168", (4, 1.5)),
-    "exact_windows_u": LineStyle("Exact, windows", "#5b6168", (2, 1.5)),
-    "random": LineStyle("Random", "#8c9199"),
-    "random_blurred": LineStyle("Random, blurred", "#8c9199", (1, 1.4), 1.6),
-    "centre": LineStyle("Centre", "#E69F00", (6, 1.5, 1, 1.5)),
-}
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans"],
@@ -112,62 +61,6 @@ def _styled() -> Iterator[None]:
 
     with mpl.rc_context(STYLE):  # type: ignore[arg-type]
         yield
-
-
-def style_of(method: str) -> LineStyle:
-    """The look of a method; a method that is not known gets its own name and a plain green line.
-
-    A number at the end of a name is a budget of evaluations.
-
-    >>> style_of("rise_200").label
-    'RISE, 200'
-    """
-    if method in METHOD_STYLES:
-        return METHOD_STYLES[method]
-    base, _, budget = method.rpartition("_")
-    if base in METHOD_STYLES and budget.isdigit():
-        return replace(METHOD_STYLES[base], label=f"{METHOD_STYLES[base].label}, {budget}")
-    return LineStyle(method, "#009E73")
-
-
-def overlay(
-    picture: "Image.Image | NDArray[np.uint8]",
-    phi_PP: "NDArray[np.floating[Any]] | Tensor",
-    limit: float | None = None,
-    size: int = 256,
-) -> NDArray[np.uint8]:
-    """A heatmap over its picture, uint8 [size, size, 3]; patch (p, q) is row p, column q.
-
-    Args:
-        picture: as the model saw it, square: a PIL image, or uint8 [S, S, 3] such as `backbone.pixels(image)`.
-        phi_PP: attributions in any unit, an array or a tensor on any device; the scale is diverging and centred at
-            zero.
-        limit: the |phi| that takes full colour; the map's own largest where None.
-        size: pixels of a side, enlarged to a multiple of P.
-
-    Raises:
-        ValueError: wrong shapes, or attributions that are not finite.
-    """
-    pixels, phi_PP = _square_picture(picture), _finite_map(phi_PP)
-    patches = phi_PP.shape[0]
-    size = patches * -(-size // patches)
-    # Half luminance, half the brightest channel: a coloured object of the background's luminance stays visible.
-    brightness = (np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.float32) + pixels.max(axis=2)) / 2
-    grey = np.asarray(Image.fromarray(brightness).resize((size, size), Image.Resampling.BICUBIC)).clip(0, 255)
-    # Lifted to the upper half of the scale: colour of one opacity then looks alike on dark and on light parts.
-    canvas = np.repeat((70 + grey * np.float32(185 / 255))[..., None], 3, axis=2)
-
-    largest = float(np.abs(phi_PP).max()) if limit is None else limit
-    strength_PP = np.clip(phi_PP / largest, -1, 1) if largest > 0 else np.zeros_like(phi_PP)
-    strength = strength_PP.repeat(size // patches, axis=0).repeat(size // patches, axis=1)[..., None]
-    colour = np.where(strength > 0, np.array(FOR_RGB, np.float32), np.array(AGAINST_RGB, np.float32))
-    opacity = MAX_OPACITY * np.abs(strength)
-    return np.asarray(np.rint(canvas + opacity * (colour - canvas)).clip(0, 255), dtype=np.uint8)
-
-
-def enlarged(picture: NDArray[np.uint8], size: int = 256) -> NDArray[np.uint8]:
-    """The picture in colour at an overlay's size, uint8 [size, size, 3]."""
-    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True, slots=True)
@@ -456,34 +349,3 @@ def _colour_scale(figure: "Figure", box: tuple[float, float, float, float]) -> N
     axes.grid(visible=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-
-
-def _square_picture(picture: "Image.Image | NDArray[np.uint8]") -> NDArray[np.uint8]:
-    pixels = np.asarray(picture.convert("RGB")) if isinstance(picture, Image.Image) else _array(picture)
-    shape = pixels.shape
-    if pixels.dtype != np.uint8 or len(shape) != 3 or shape[0] != shape[1] or shape[2] != 3:
-        raise ValueError(
-            "picture: expected a square picture as the model saw it, uint8 [S, S, 3], got "
-            f"{pixels.dtype} {list(shape)}; backbone.pixels(image) gives it"
-        )
-    return pixels
-
-
-def _finite_map(phi_PP: "NDArray[np.floating[Any]] | Tensor") -> NDArray[np.float32]:
-    values_PP = np.asarray(_array(phi_PP), dtype=np.float32)
-    shape = list(values_PP.shape)
-    if len(shape) != 2 or shape[0] != shape[1]:
-        hint = "; one map at a time, such as heatmap[0]" if len(shape) > 2 else ""
-        raise ValueError(f"heatmap: expected [P, P], got {shape}{hint}")
-    if not np.isfinite(values_PP).all():
-        num_wrong = int((~np.isfinite(values_PP)).sum())
-        raise ValueError(f"heatmap: expected finite attributions, got {num_wrong} that are not")
-    return values_PP
-
-
-def _array(values: Any) -> NDArray[Any]:
-    """An array as it is, or a tensor's values; torch is not imported for it."""
-    if not hasattr(values, "detach"):
-        return np.asarray(values)
-    tensor = values.detach().cpu()
-    return np.asarray(tensor.float() if tensor.is_floating_point() else tensor)  # NumPy has no bfloat16

@@ -14,7 +14,7 @@ bound          TVE's error beside its bounds (`tve.fidelity.bound`), and how man
 Correlations are means over pictures; a map that does not change has 1.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tve.backbones import Backbone
 from tve.evaluator import CoalitionEvaluator
-from tve.explainer import Explainer
+from tve.explainer import Explainer, ExplainerConfig
 from tve.export import load_explainer
 from tve.fidelity.bound import Bound, explanation_bound
 from tve.fidelity.sanity import SEQUENCES, random_head, randomised, rank_correlation
@@ -87,8 +87,7 @@ def examined(
         for changed in cascade(explainer.backbone, params.seed)
     ]
     another = torch.arange(len(images_B3SS)).roll(1)
-    config, own_blocks = explainer.config, explainer.config.trained_blocks or 0
-    reads_backbone = config.form == "shared" and (config.trunk == "frozen" or own_blocks > 0)
+    asked = {"tve": read_by(explainer.config, redrawn), "exact_windows": redrawn}
     tasks: dict[str, Any] = {}
     for task, each in heads.items():
         head, full_BD = each.head, metas["exact_windows"].full_BD
@@ -110,13 +109,9 @@ def examined(
                 "random_head": sum(told) / len(told) if told else None,
                 "other_picture": correlation(class_maps(metas[name][another], head, target_B, rule)),
                 "blocks": [
-                    correlation(class_maps(of[name], head, target_B, rule))
-                    if name == "exact_windows" or count > own_blocks
-                    else None
-                    for count, of in enumerate(redrawn, 1)
-                ]
-                if name == "exact_windows" or reads_backbone
-                else [],
+                    None if of is None else correlation(class_maps(of[name], head, target_B, rule))
+                    for of in asked[name]
+                ],
             }
         bound = explanation_bound(metas["tve"], metas["exact_windows"], head, target_B, rule)
         tasks[task] = found | {"bound": bound_numbers(bound)}
@@ -143,6 +138,16 @@ def cascade(backbone: Backbone, seed: int) -> Iterator[Backbone]:
     blocks: list[Any] = [getattr(backbone.model, name) for name in SEQUENCES if hasattr(backbone.model, name)]
     for count in range(1, len(blocks[0]) + 1 if blocks else 1):
         yield randomised(backbone, count, seed)
+
+
+def read_by(
+    config: ExplainerConfig, redrawn: Sequence[dict[str, MetaAttribution]]
+) -> Sequence[dict[str, MetaAttribution] | None]:
+    """What an explainer is asked about: of blocks that it has copies of None, and nothing where all are its own."""
+    if config.form == "two_networks" or (config.trunk == "trained" and config.trained_blocks is None):
+        return []
+    own_blocks = config.trained_blocks or 0
+    return [*[None] * own_blocks, *redrawn[own_blocks:]]
 
 
 def on_backbone(explainer: Explainer, backbone: Backbone) -> Explainer:

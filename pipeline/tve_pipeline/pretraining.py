@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from tve.backbones import Backbone, open_backbone
 from tve.digests import file_sha256
 from tve.evaluator import CoalitionEvaluator
-from tve.explainer import Explainer, ExplainerConfig, require_trained_blocks
+from tve.explainer import Explainer, ExplainerConfig
 from tve.mae import MaskedAutoencoder, initialise_from_file, initialise_from_mae, pretrain_mae
 from tve.pictures import ordered_batches, training_batches
 from tve.precision import RequestedPrecision
@@ -108,8 +108,8 @@ class PretrainParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _trained_blocks_fit(self) -> "PretrainParams":
-        require_trained_blocks(self.trunk, self.trained_blocks, self.reread_blocks)
+    def _explainer_can_be_built(self) -> "PretrainParams":
+        explainer_config(self, "drop")
         return self
 
 
@@ -138,7 +138,16 @@ def train_explainer(name: str, params: PretrainParams, stage: str, section: str)
 
 def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal) -> Explainer:
     """An untrained explainer as the parameters describe it."""
-    config = ExplainerConfig(
+    return Explainer(backbone, explainer_config(params, removal))
+
+
+def explainer_config(params: PretrainParams, removal: Removal) -> ExplainerConfig:
+    """What section `pretrain` says of the explainer.
+
+    Raises:
+        ValueError: settings that do not go together.
+    """
+    return ExplainerConfig(
         radius=params.radius,
         removal=removal,
         form=params.form,
@@ -152,7 +161,6 @@ def build_explainer(backbone: Backbone, params: PretrainParams, removal: Removal
         if params.two_networks
         else TwoNetworksConfig(),
     )
-    return Explainer(backbone, config)
 
 
 def initialise_two_networks(explainer: Explainer, shards: Shards, params: PretrainParams, section: str) -> str:

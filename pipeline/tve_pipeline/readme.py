@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 
 from tve import figures
+from tve.heatmaps import enlarged, overlay
+from tve.method_styles import style_of
 from tve_pipeline import recorded
 from tve_pipeline.compare import read_cell
 from tve_pipeline.goals import methods_of
@@ -76,10 +78,10 @@ def _pictures() -> Any:
     for index in range(min(NUM_PICTURES, len(images))):
         panels = []
         for task in TASKS:
-            heatmap = figures.overlay(images[index], maps[task][index])
+            heatmap = overlay(images[index], maps[task][index])
             predicted, label = (document["tasks"][task][name][index] for name in ("predicted", "label"))
             panels.append(figures.Panel(heatmap, predicted if predicted == label else f"{predicted} (is {label})"))
-        rows.append([figures.Panel(figures.enlarged(images[index])), *panels])
+        rows.append([figures.Panel(enlarged(images[index])), *panels])
     return figures.picture_grid(rows, ["picture", *TASKS], [""] * len(rows))
 
 
@@ -101,7 +103,7 @@ def _table() -> str:
             cells.append(pair if method == recorded.REFERENCE else f"{pair} {columns[task].marks(method)}")
         passes = metrics["maps"][method]
         price = f"{passes['forwards']} + {passes['backwards']}" if passes["backwards"] else str(passes["forwards"])
-        lines.append(f"| {figures.style_of(method).label} | {price} | " + " | ".join(cells) + " |")
+        lines.append(f"| {style_of(method).label} | {price} | " + " | ".join(cells) + " |")
     heads = json.loads(HEADS.read_text())
     (num_test,) = {heads[task]["num_test"] for task in TASKS}
     accuracies = (f"{heads[task]['test_accuracy']:.1%}" for task in TASKS)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from tve.digests import file_sha256
 from tve.fidelity.statistics import paired_bootstrap, share_of_way
-from tve.figures import style_of
+from tve.method_styles import style_of
 from tve_pipeline.compare import CellScores, read_cell
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.params import RunParams, load_section

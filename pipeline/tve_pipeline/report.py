@@ -22,6 +22,7 @@ from PIL import Image
 from pydantic import Field
 
 from tve import figures
+from tve.method_styles import INK, style_of
 from tve_pipeline.entry import run_stage
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.outputs import whole_folder, write_json
@@ -130,7 +131,7 @@ def render(report: Report, boards: list[HeatmapBoard]) -> str:
         jpeg=_jpeg,
         learned=[_learned(results, name) for name in results.backbones],
         backbones=[_backbone_section(report, name) for name in results.backbones],
-        ink=figures.INK,
+        ink=INK,
         protocol=protocol(results, report.sections),
         glossary=GLOSSARY,
         cut_short=cut_short(results, report.sections),
@@ -175,7 +176,7 @@ def _backbone_section(report: Report, backbone: str) -> dict[str, Any]:
         "columns": columns,
         "datasets": datasets,
         "name_datasets": len(datasets) > 1 and any(column["dataset"] != column["task"] for column in columns),
-        "legend": [figures.style_of(method) for method in reversed(CURVE_METHODS) if method in present],
+        "legend": [style_of(method) for method in reversed(CURVE_METHODS) if method in present],
         "density": density_table(columns),
         "paper": beside_the_paper(
             report.results, backbone, report.sections["backbones"][backbone]["architecture"], trained_for
@@ -229,7 +230,7 @@ def _prices(report: Report, backbone: str) -> dict[str, Any]:
     return {
         "rows": [
             {
-                "label": figures.style_of(method).label,
+                "label": style_of(method).label,
                 "forwards": maps[method]["forwards"],
                 "backwards": maps[method]["backwards"] or "",
                 "milliseconds": number((s := maps[method]["seconds"]) and 1000 * s, 1, leading_zero=True),

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tve import figures
+from tve.heatmaps import enlarged, overlay
+from tve.method_styles import style_of
 from tve_pipeline.report_results import Heatmaps, Results, in_order
 from tve_pipeline.report_tables import in_table_order
 
@@ -89,8 +91,8 @@ def galleries(results: Results, num_pictures: int) -> list[HeatmapBoard]:
         methods = in_table_order({method for _, method in heatmaps.maps})
         pictures = []
         for index, key in enumerate(heatmaps.keys[:num_pictures]):
-            rows = [(figures.style_of(m).label, [_cell(heatmaps, key, task, m) for task in tasks]) for m in methods]
-            pictures.append(BoardPicture(key, figures.enlarged(heatmaps.images[index]), rows))
+            rows = [(style_of(m).label, [_cell(heatmaps, key, task, m) for task in tasks]) for m in methods]
+            pictures.append(BoardPicture(key, enlarged(heatmaps.images[index]), rows))
         boards.append(HeatmapBoard(f"{backbone}, {dataset}", tasks, pictures))
     return boards
 
@@ -112,14 +114,14 @@ def board_figure(boards: list[HeatmapBoard]) -> "Figure":
 def _board(dataset: str, found: dict[str, Heatmaps], num_pictures: int) -> HeatmapBoard:
     tasks = in_order({task for heatmaps in found.values() for task, _ in heatmaps.maps})
     views = [(backbone, method) for backbone in found for method in SHOWN_METHODS if _has(found[backbone], method)]
-    names = [figures.style_of(m).label if len(found) == 1 else f"{b}, {figures.style_of(m).label}" for b, m in views]
+    names = [style_of(m).label if len(found) == 1 else f"{b}, {style_of(m).label}" for b, m in views]
     reference = next(iter(found.values()))
     pictures = []
     for index, key in enumerate(reference.keys[:num_pictures]):
         cells = [[_cell(found[backbone], key, task, method) for task in tasks] for backbone, method in views]
         by_view = list(zip(names, cells, strict=True))
         rows = by_view if len(tasks) > 1 else [("", [row[0] for row in cells])]
-        pictures.append(BoardPicture(key, figures.enlarged(reference.images[index]), rows))
+        pictures.append(BoardPicture(key, enlarged(reference.images[index]), rows))
     return HeatmapBoard(dataset, tasks if len(tasks) > 1 else names, pictures)
 
 
@@ -131,5 +133,5 @@ def _cell(heatmaps: Heatmaps, key: str, task: str, method: str) -> Cell | None:
     if (task, method) not in heatmaps.maps or key not in heatmaps.keys:
         return None
     index = heatmaps.keys.index(key)
-    image = figures.overlay(heatmaps.images[index], heatmaps.maps[task, method][index])
+    image = overlay(heatmaps.images[index], heatmaps.maps[task, method][index])
     return Cell(image, heatmaps.predicted[task][index], heatmaps.labels[task][index])

@@ -8,7 +8,7 @@ ImageNet; means over pictures, F⁺ / F⁻.
 
 from typing import Any
 
-from tve.figures import style_of
+from tve.method_styles import style_of
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_results import Results
 from tve_pipeline.report_tables import columns_of, number, verdict_of

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from tve.fidelity.controls import CONTROLS
-from tve.figures import style_of
+from tve.method_styles import style_of
 from tve_pipeline.measure_names import FIDELITIES, SIGN_OF_BETTER
 from tve_pipeline.report_results import REFERENCES, Results, in_order
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from tve.fidelity.controls import CONTROLS
-from tve.figures import style_of
+from tve.method_styles import style_of
 from tve_pipeline.measure_names import FIDELITIES
 from tve_pipeline.report_results import Results
 from tve_pipeline.report_tables import in_table_order, number, percent, times, verdict_of
